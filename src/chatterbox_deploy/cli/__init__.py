@@ -1,0 +1,49 @@
+"""The command line: parse, call, print. The only place that prints or exits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from chatterbox_deploy import __version__
+from chatterbox_deploy.cli.render import render_command
+from chatterbox_deploy.cli.schema import schema_command
+from chatterbox_deploy.cli.up import up_command
+from chatterbox_deploy.errors import DeployError
+
+
+class _Shell(click.Group):
+    """Shows what the operator can act on bare; anything else is our bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DeployError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
+        """In the order in which an operator needs them."""
+        return list(self.commands)
+
+
+@click.group(cls=_Shell, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="chatterbox-deploy")
+def main() -> None:
+    """Run a fleet of Chatterbox text-to-speech servers: one TOML file of GPU → port.
+
+    \b
+        chatterbox-deploy render --output /          # fleet.toml → systemd units and an nginx front
+        systemctl enable --now chatterbox-tts.target
+        curl --json '{"input": "Hello.", "response_format": "wav"}' \\
+             http://127.0.0.1:6095/v1/audio/speech -o hello.wav
+
+    Exit status: 0 done; 1 not healthy or out of date; 2 the file or the command line is wrong; 3 it
+    could not be done.
+    """
+
+
+main.add_command(render_command)
+main.add_command(up_command)
+main.add_command(schema_command)

@@ -1,0 +1,123 @@
+"""``chatterbox-deploy render``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from chatterbox_deploy import fleet, observe, plan, render, systemd
+from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.errors import ForeignFile
+from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.templates import Templates
+
+if TYPE_CHECKING:
+    from pathlib import PurePosixPath
+
+    from chatterbox_deploy.plan import Changes
+
+
+@click.command("render")
+@arguments.FLEET
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("rendered"),
+    show_default=True,
+    help="Write below this directory; / installs in place.",
+)
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 if a file differs.")
+@click.option("--diff", is_flag=True, help="Change nothing; print what would change; exit 1 if anything would.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of files and what became of each.")
+@arguments.TEMPLATES
+def render_command(
+    *, fleet_file: Path, output: Path, check: bool, diff: bool, as_json: bool, own_templates: Path | None
+) -> None:
+    """Turn FLEET (default: fleet.toml) into systemd units and an nginx configuration.
+
+    \b
+        chatterbox-deploy render                    # look at it first, below ./rendered
+        chatterbox-deploy render --diff --output /  # what would change on this machine?
+        sudo chatterbox-deploy render --output /    # install
+
+    Files that carry our header are ours to replace; any other file in their place is refused.
+    """
+    wanted = render.render(
+        fleet.resolve(arguments.read_fleet(fleet_file)),
+        Templates(own_templates),
+        source=str(fleet_file.absolute()),
+    )
+    host = LocalHost(output)
+    changes = plan.compare(wanted, observe.files(host, wanted))
+    dry_run = check or diff
+    if not dry_run:
+        _refuse_foreign(host, changes)
+        host.write_files([change.file for change in changes.to_write])
+    if as_json:
+        click.echo(json.dumps(_rows(host, changes), indent=2))
+    else:
+        if diff:
+            click.echo("".join(change.diff() for change in changes.to_write), nl=False)
+        _tell(host, changes, done=not dry_run)
+        if not dry_run:
+            _tell_next(output, changes)
+    if dry_run and changes:
+        raise SystemExit(1)
+
+
+def _refuse_foreign(host: LocalHost, changes: Changes) -> None:
+    if changes.foreign:
+        names = "".join(f"\n  {host.at(path)}" for path in changes.foreign)
+        msg = f"cannot write over files that chatterbox-deploy did not write; move them away first:{names}"
+        raise ForeignFile(msg)
+
+
+def _rows(host: LocalHost, changes: Changes) -> list[dict[str, str]]:
+    def row(action: str, path: PurePosixPath) -> dict[str, str]:
+        return {"path": str(host.at(path)), "action": action}
+
+    return [
+        *(row("created" if change.before is None else "changed", change.file.path) for change in changes.to_write),
+        *(row("unchanged", path) for path in changes.unchanged),
+        *(row("stale", path) for path in changes.stale),
+        *(row("foreign", path) for path in changes.foreign),
+    ]
+
+
+def _tell(host: LocalHost, changes: Changes, *, done: bool) -> None:
+    verb = "wrote" if done else "differs"
+    for change in changes.to_write:
+        new = " (new)" if change.before is None else ""
+        click.echo(f"{verb}  {host.at(change.file.path)}{new}", err=True)
+    for path in changes.foreign:
+        click.echo(f"not ours, would be refused  {host.at(path)}", err=True)
+    for path in changes.stale:
+        click.echo(
+            f"stale  {host.at(path)}: its GPU is no longer in the fleet file; {_removal(host, path)}",
+            err=True,
+        )
+    if not changes:
+        click.echo(f"unchanged: all {len(changes.unchanged)} files are as the fleet file says", err=True)
+
+
+def _removal(host: LocalHost, path: PurePosixPath) -> str:
+    """The command that takes a stale file away, stopping its unit first where it is installed."""
+    remove = f"rm {host.at(path)}"
+    installed = host.at(path) == Path(path)
+    return f"systemctl disable --now {path.name}; {remove}" if installed else remove
+
+
+def _tell_next(output: Path, changes: Changes) -> None:
+    if not changes.to_write:
+        return
+    if output.absolute() != Path("/"):
+        click.echo(
+            f"next: read them below {output}, then install them: sudo chatterbox-deploy render --output /", err=True
+        )
+    elif all(change.before is None for change in changes.to_write):
+        click.echo(f"next: systemctl enable --now {systemd.TARGET}", err=True)
+    else:
+        click.echo(f"next: systemctl daemon-reload && systemctl restart {systemd.TARGET}", err=True)

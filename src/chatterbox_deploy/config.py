@@ -1,0 +1,401 @@
+"""``fleet.toml`` as the operator wrote it: strict at the door, defaults documented. Decides nothing.
+
+``load`` turns text into a ``FleetConfig`` or one ``FleetFileError`` that names every problem;
+``fleet.resolve`` then decides what the file leaves open.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+import string
+import tomllib
+from contextlib import suppress
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic_core import PydanticCustomError
+
+from chatterbox_deploy.errors import FleetFileError
+
+_UUID = r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_GPU = rf"(?:0|[1-9][0-9]?|{_UUID})"
+
+MAX_INSTANCES_PER_GPU = 16
+"""More replicas than this share a GPU badly: even a tiny model spends its time switching contexts."""
+
+RESERVED_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_DEVICE_ORDER",
+    "INVOCATION_ID",
+    "NOTIFY_SOCKET",
+    "WATCHDOG_USEC",
+)
+"""Environment the unit itself decides; an operator's value would silently break pinning or readiness."""
+
+
+def _absolute_path(value: str) -> str:
+    """A path that means the same to systemd, nginx and the shell, quoted or not."""
+    if not re.fullmatch(r"/[A-Za-z0-9._/+@:=,~-]*", value) or ".." in PurePosixPath(value).parts:
+        raise PydanticCustomError(
+            "path",
+            "should be an absolute path without spaces, '..' or characters special to nginx or systemd",
+        )
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():
+        raise PydanticCustomError("printable", "should be one line of printable characters")
+    return value
+
+
+def _listen(value: str) -> str:
+    try:
+        split_listen(value)
+    except ValueError:
+        raise PydanticCustomError(
+            "listen", "should be ADDRESS:PORT, such as '127.0.0.1:6095', '0.0.0.0:80' or '[::1]:6095'"
+        ) from None
+    return value
+
+
+def split_listen(listen: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """Address and port of ``ADDRESS:PORT``.
+
+    Raises:
+        ValueError: not an IP address (IPv6 in brackets), or a port outside 1..65535.
+    """
+    host, _, port_text = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    address = ipaddress.IPv6Address(host[1:-1]) if bracketed else ipaddress.IPv4Address(host)
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", port_text) or int(port_text) > 65535:
+        msg = f"not a port: {port_text}"
+        raise ValueError(msg)
+    return address, int(port_text)
+
+
+def _argument(value: str) -> str:
+    """One argument of ``server.command``; ``{port}`` and ``{host}`` are filled in, ``{{`` is a brace."""
+    _printable(value)
+    try:
+        fields = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]
+    except ValueError:
+        fields = [("", "", None)]
+    if any(field not in {("port", "", None), ("host", "", None)} for field in fields):
+        raise PydanticCustomError(
+            "placeholder",
+            "may hold only {placeholders}; write a plain brace twice",
+            {"placeholders": "{port} and {host}"},
+        )
+    return value
+
+
+def _variable_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise PydanticCustomError("variable", "should be a name of letters, digits and '_'")
+    if value.startswith("CHATTERBOX_") or value in RESERVED_VARIABLES:
+        raise PydanticCustomError("variable", "is set by the unit itself and cannot be given here")
+    return value
+
+
+def _one_or_many(value: object) -> str:
+    return "#many" if isinstance(value, (list, tuple)) else "#one"
+
+
+GpuKey = Annotated[str, Field(pattern=rf"^{_GPU}(?:,{_GPU})?$")]
+"""A GPU's index as nvidia-smi shows it, its UUID, or two of them with a comma (one instance over both)."""
+
+Port = Annotated[int, Field(ge=1024, le=65535)]
+Ports = Annotated[
+    Annotated[Port, Tag("#one")]
+    | Annotated[list[Port], Field(min_length=1, max_length=MAX_INSTANCES_PER_GPU), Tag("#many")],
+    Discriminator(_one_or_many),
+]
+AbsolutePath = Annotated[str, AfterValidator(_absolute_path)]
+Argument = Annotated[str, AfterValidator(_argument)]
+VariableName = Annotated[str, AfterValidator(_variable_name)]
+Variable = Annotated[str, AfterValidator(_printable)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class NginxConfig(_Strict):
+    """``[nginx]``: the one address that clients use."""
+
+    listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:6095"
+    """Address and port of the front. Anything but loopback also needs api_keys_file or allow_anonymous."""
+
+    api_keys_file: AbsolutePath | None = None
+    """File of the keys that may speak, one `"Bearer KEY" NAME;` a line; NAME appears in the access log."""
+
+    allow_anonymous: bool = False
+    """Serve other machines without asking for a key."""
+
+    max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = 25
+    """Largest request body, in MB; reference audio for a voice is the largest thing sent."""
+
+
+class ServerConfig(_Strict):
+    """``[server]``: what every unit runs."""
+
+    model: Literal["chatterbox", "turbo", "multilingual"] = "chatterbox"
+    """Which Chatterbox model to load."""
+
+    engine: Literal["stock", "espeak"] = "stock"
+    """stock: the chatterbox-tts package. espeak: offline stand-in without GPU or weights, for demos and tests."""
+
+    python: AbsolutePath = "/opt/chatterbox-tts/venv/bin/python"
+    """Interpreter of the environment that has chatterbox-deploy[server] installed."""
+
+    weights: AbsolutePath | None = None
+    """Directory of a local checkpoint. Default: the Hugging Face cache, downloaded on first start."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu is for machines without a GPU, and slow."""
+
+    tf32: bool = True
+    """Let matrix products and convolutions use TensorFloat-32."""
+
+    cudnn_benchmark: bool = True
+    """Let cuDNN time its convolution algorithms and keep the fastest."""
+
+    autocast: Literal["off", "fp16", "bf16"] = "off"
+    """Run the model under torch.autocast. Slower than off on an H200 (scripts/gpu/stock_server_sweep.txt)."""
+
+    queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Requests that may wait behind the one being spoken, per instance; one more is answered 503."""
+
+    max_wait_s: Annotated[int, Field(ge=1, le=3600)] = 60
+    """Seconds a request may wait for its turn; then it is answered 503."""
+
+    longest_utterance_s: Annotated[int, Field(ge=1, le=3600)] = 120
+    """Seconds the longest utterance may take to compute; a stuck engine is restarted after that."""
+
+    cpu_threads: Annotated[int, Field(ge=1, le=256)] = 2
+    """CPU threads for tensor work, per instance. Without a limit every instance takes every core."""
+
+    command: Annotated[list[Argument], Field(min_length=1)] | None = None
+    """Run this server instead of ours, unchanged: absolute program, arguments; {port} and {host} are filled in."""
+
+    directory: AbsolutePath | None = None
+    """Working directory of the command."""
+
+    environment: dict[VariableName, Variable] = {}
+    """More environment variables for every instance, such as HF_ENDPOINT. Readable by every local user."""
+
+
+class UnitConfig(_Strict):
+    """``[unit]``: how systemd runs an instance."""
+
+    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")] = "chatterbox"
+    """User of the instances. Made up by systemd for as long as they run, unless it exists."""
+
+    start_timeout_s: Annotated[int, Field(ge=10, le=7200)] = 300
+    """Seconds systemd waits for the weights to load before it calls the start a failure."""
+
+    watchdog_s: Annotated[int, Field(ge=5, le=3600)] = 30
+    """Seconds without a sign of life after which systemd kills and restarts an instance."""
+
+    restart_delay_s: Annotated[int, Field(ge=1, le=3600)] = 5
+    """Seconds between a crash and the next start."""
+
+    restart_limit: Annotated[int, Field(ge=1, le=1000)] = 10
+    """Crashes in a row after which systemd leaves an instance down, for an operator to look at."""
+
+
+class FleetConfig(_Strict):
+    """Root of ``fleet.toml``."""
+
+    gpus: Annotated[dict[GpuKey, Ports], Field(min_length=1, json_schema_extra={"additionalProperties": False})]
+    """GPU (or two, with a comma) to serve on, and the loopback port or ports of the instances there."""
+
+    nginx: NginxConfig = NginxConfig()
+    """The front: one address for all instances."""
+
+    server: ServerConfig = ServerConfig()
+    """What every unit runs."""
+
+    unit: UnitConfig = UnitConfig()
+    """How systemd runs it."""
+
+    def ports(self) -> list[tuple[str, int]]:
+        """Every (GPU key, port) of the file, in its order."""
+        return [
+            (gpu, port) for gpu, ports in self.gpus.items() for port in (ports if isinstance(ports, list) else [ports])
+        ]
+
+
+# Keys of [server] that mean something to a server of the operator's own.
+_KEYS_FOR_ANY_SERVER = frozenset(
+    {"command", "directory", "environment", "cpu_threads", "max_wait_s", "longest_utterance_s"}
+)
+
+
+def conflicts(config: FleetConfig) -> list[str]:
+    """Rules that span more than one key."""
+    return [
+        *_gpu_conflicts(config),
+        *_listen_conflicts(config),
+        *_command_conflicts(config.server),
+        *_device_conflicts(config.server),
+    ]
+
+
+def _gpu_conflicts(config: FleetConfig) -> list[str]:
+    problems: list[str] = []
+    port_owner: dict[int, str] = {}
+    for gpu, port in config.ports():
+        if port in port_owner:
+            problems.append(f"gpus.{gpu}: port {port} is already used by gpus.{port_owner[port]}")
+        port_owner.setdefault(port, gpu)
+    gpu_owner: dict[str, str] = {}
+    for key in config.gpus:
+        for gpu in key.split(","):
+            if gpu in gpu_owner:
+                hint = "" if gpu_owner[gpu] == key else "; to share a GPU give it a list of ports"
+                problems.append(f"gpus.{key}: GPU {gpu} is already used by gpus.{gpu_owner[gpu]}{hint}")
+            gpu_owner.setdefault(gpu, key)
+    return problems
+
+
+def _listen_conflicts(config: FleetConfig) -> list[str]:
+    problems: list[str] = []
+    nginx = config.nginx
+    address, front_port = split_listen(nginx.listen)
+    problems.extend(
+        f"gpus.{gpu}: port {port} is already used by nginx.listen, {nginx.listen!r}"
+        for gpu, port in config.ports()
+        if port == front_port
+    )
+    if not (address.is_loopback or nginx.api_keys_file or nginx.allow_anonymous):
+        problems.append(
+            f"nginx.listen: other machines reach {nginx.listen!r}: give api_keys_file, or say allow_anonymous = true"
+        )
+    return problems
+
+
+def _command_conflicts(server: ServerConfig) -> list[str]:
+    if server.command is None:
+        return [] if server.directory is None else ["server.directory: has no meaning without server.command"]
+    problems = [
+        f"server.{key}: has no meaning with server.command; give it to that server in its own way"
+        for key in sorted(server.model_fields_set - _KEYS_FOR_ANY_SERVER)
+    ]
+    if not server.command[0].startswith("/"):
+        problems.append(f"server.command: should begin with an absolute path, got {server.command[0]!r}")
+    if not any("{port}" in argument for argument in server.command):
+        problems.append(
+            "server.command: should hold {port}, or every instance takes the same one"
+            " (for a server that reads a variable: ['/usr/bin/env', 'PORT={port}', …])"
+        )
+    return problems
+
+
+def _device_conflicts(server: ServerConfig) -> list[str]:
+    if server.device == "cpu" and server.autocast != "off":
+        # torch's CPU autocast hands the vocoder's inverse Fourier transform numbers that it does not take.
+        return [f"server.autocast: should be 'off' where server.device is 'cpu', got {server.autocast!r}"]
+    return []
+
+
+def load(text: str, *, source: str) -> FleetConfig:
+    """The fleet file's text as a model; ``source`` names it in messages.
+
+    Raises:
+        FleetFileError: with every problem found.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FleetFileError(source, [_syntax_problem(text, str(error))]) from None
+    try:
+        config = FleetConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_field_problem(dict(detail)) for detail in error.errors()]
+        # What remains may still contradict itself: report that too, or the operator meets it on the next run.
+        for detail in error.errors():
+            _drop(raw, tuple(detail["loc"]))
+        with suppress(ValidationError):
+            problems += conflicts(FleetConfig.model_validate(raw))
+        raise FleetFileError(source, problems) from None
+    if problems := conflicts(config):
+        raise FleetFileError(source, problems)
+    return config
+
+
+def _syntax_problem(text: str, said: str) -> str:
+    """tomllib's message with the line it is about, since editors are not always at hand over ssh."""
+    message = said[:1].lower() + said[1:]
+    if not (place := re.search(r"\(at line (\d+), column (\d+)\)", said)):
+        return message
+    line_number, column = int(place[1]), int(place[2])
+    line = text.splitlines()[line_number - 1] if line_number <= len(text.splitlines()) else ""
+    return f"{message}\n    {line}\n    {' ' * (column - 1)}^"
+
+
+def _field_problem(detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("#")]
+    if location[-1] == "[key]":
+        location.pop()
+        if location[0] == "gpus":
+            return (
+                f"{'.'.join(location)}: should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, "
+                "or two of them ('2,3')"
+            )
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7) or [
+            known for known in KNOWN_KEYS if known.rpartition(".")[2] == location[-1]
+        ]
+        return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    if detail["type"] == "missing":
+        return f"{key}: missing; for one server on GPU 0 write\n    [{key}]\n    0 = 6093"
+    message = str(detail["msg"])
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {_shortened(detail['input'])}"
+
+
+def _shortened(value: object) -> str:
+    said = repr(value)
+    return said if len(said) <= 80 else f"{said[:77]}…"
+
+
+def _drop(raw: dict[str, Any], location: tuple[int | str, ...]) -> None:
+    """Remove the key that an error is about, as deep as the nearest table."""
+    table: dict[str, Any] = raw
+    for part in location:
+        inner = table.get(str(part))
+        if not isinstance(inner, dict):
+            table.pop(str(part), None)
+            return
+        table = inner
+
+
+def _known_keys() -> tuple[str, ...]:
+    sections = {name: field.annotation for name, field in FleetConfig.model_fields.items()}
+    return tuple(
+        chain.from_iterable(
+            [name, *(f"{name}.{key}" for key in model.model_fields)]
+            if isinstance(model, type) and issubclass(model, BaseModel)
+            else [name]
+            for name, model in sections.items()
+        )
+    )
+
+
+KNOWN_KEYS = _known_keys()
+"""Every dotted key of the file, for near misses."""
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of ``fleet.toml``, for editors that complete and check as one types."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fleet.toml of chatterbox-deploy",
+        **{key: value for key, value in FleetConfig.model_json_schema().items() if key != "title"},
+    }

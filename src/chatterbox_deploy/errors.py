@@ -1,0 +1,39 @@
+"""What can go wrong that is not our bug; the shell shows these bare and exits with their code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class DeployError(Exception):
+    """Something the operator can act on: the message says what is wrong, where, and what to type next."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class FleetFileError(DeployError):
+    """The fleet file is wrong; carries every problem found, not the first."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"{source} has {count}", *problems]))
+
+
+class TemplateError(DeployError):
+    """A template cannot be rendered; usually one of the operator's own (``--templates``)."""
+
+    exit_code = 2
+
+
+class ForeignFile(DeployError):
+    """A file that we did not write stands where we would write."""
+
+
+class CommandFailed(DeployError):
+    """A command we ran, or a file operation, did not succeed."""

@@ -1,0 +1,248 @@
+"""A ``Fleet``: every default decided, every name chosen. Knows nothing of systemd or nginx syntax.
+
+The same value could be rendered for another supervisor; nothing here says which one it will be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chatterbox_deploy.config import FleetConfig
+
+HOST = "127.0.0.1"
+"""Instances listen on loopback only. A literal, since ``localhost`` may resolve to ::1 first."""
+
+MARGIN_S = 10
+"""Seconds by which an outer timeout exceeds the inner ones, so that the inner one answers first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Directories of one installation."""
+
+    state_dir: str
+    """Voices: kept."""
+
+    cache_dir: str
+    """Compiled kernels: can be made again."""
+
+    hub_dir: str
+    """Weights, as huggingface_hub keeps them (``HF_HOME``): can be fetched again."""
+
+    log_dir: str
+    """nginx's access log."""
+
+
+SYSTEM = Places(
+    state_dir="/var/lib/chatterbox-tts",
+    cache_dir="/var/cache/chatterbox-tts",
+    hub_dir="/var/cache/chatterbox-tts/huggingface",
+    log_dir="/var/log/nginx",
+)
+"""Where a fleet lives that systemd runs: its ``StateDirectory=`` and ``CacheDirectory=``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One server process."""
+
+    name: str
+    """``gpu0``; ``gpu1-a`` and ``gpu1-b`` on a shared GPU; ``gpu2-gpu3`` over two."""
+
+    gpus: tuple[str, ...]
+    """Indices or UUIDs, one or two, as CUDA_VISIBLE_DEVICES takes them."""
+
+    host: str
+    port: int
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    """All that the process is told; the server reads nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The one address that clients use."""
+
+    listen: str
+    access_log: str
+    max_upload_mb: int
+    read_timeout_s: int
+    """Longest silence of a healthy instance: a full wait and the longest utterance."""
+
+    keepalive_connections: int
+    """Idle connections each nginx worker keeps to the instances; 0 where the server may close them first."""
+
+    api_keys_file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How each instance is supervised."""
+
+    user: str
+    speaks_notify: bool
+    """Whether the server tells its supervisor when it is ready and that it is alive."""
+
+    start_timeout_s: int
+    stop_timeout_s: int
+    """Long enough to finish everything that was accepted."""
+
+    watchdog_s: int
+    restart_delay_s: int
+    restart_limit: int
+    restart_window_s: int
+    """Seconds in which ``restart_limit`` starts count as a crash loop, however slowly each one fails."""
+
+    directory: str | None
+    offline: bool
+    """Whether the server needs nothing from the network: its weights lie on this machine, or it has none."""
+
+    config_error_status: int | None
+    """Exit status after which a restart cannot help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All instances on one host, and their front."""
+
+    instances: tuple[Instance, ...]
+    front: Front
+    service: Service
+    places: Places
+
+
+def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
+    """Decide everything that ``config`` leaves open."""
+    server, unit, nginx = config.server, config.unit, config.nginx
+    ours = server.command is None
+    answer_s = server.max_wait_s + server.longest_utterance_s
+    names = _names(config)
+    return Fleet(
+        instances=tuple(
+            _instance(config, places, name, tuple(key.split(",")), port)
+            for name, (key, port) in zip(names, config.ports(), strict=True)
+        ),
+        front=Front(
+            listen=nginx.listen,
+            access_log=f"{places.log_dir}/chatterbox-tts.access.log",
+            max_upload_mb=nginx.max_upload_mb,
+            read_timeout_s=answer_s + MARGIN_S,
+            # Our server keeps idle connections for longer than nginx does; of another one we cannot know.
+            keepalive_connections=2 * len(names) if ours else 0,
+            api_keys_file=nginx.api_keys_file,
+        ),
+        service=Service(
+            user=unit.user,
+            speaks_notify=ours,
+            start_timeout_s=unit.start_timeout_s,
+            stop_timeout_s=answer_s + MARGIN_S,
+            watchdog_s=unit.watchdog_s,
+            restart_delay_s=unit.restart_delay_s,
+            restart_limit=unit.restart_limit,
+            restart_window_s=(unit.start_timeout_s + unit.restart_delay_s) * unit.restart_limit,
+            directory=server.directory,
+            offline=ours and (server.weights is not None or server.engine == "espeak"),
+            config_error_status=2 if ours else None,
+        ),
+        places=places,
+    )
+
+
+def _names(config: FleetConfig) -> list[str]:
+    """One name per (GPU key, port), in the file's order; unique, since GPUs are."""
+    short = {gpu: _short(gpu) for key in config.gpus for gpu in key.split(",")}
+    clashes = {name for name, count in Counter(short.values()).items() if count > 1}
+    full = {gpu: _full(gpu) if name in clashes else name for gpu, name in short.items()}
+    names: list[str] = []
+    for key, ports in config.gpus.items():
+        name = "-".join(full[gpu] for gpu in key.split(","))
+        replicas = len(ports) if isinstance(ports, list) else 1
+        names += [name] if replicas == 1 else [f"{name}-{letter}" for letter in ascii_lowercase[:replicas]]
+    return names
+
+
+def _full(gpu: str) -> str:
+    """``gpu0`` for an index; a UUID in lower case (``gpu-8f3c…``, ``mig-…``)."""
+    return f"gpu{gpu}" if gpu.isdigit() else gpu.lower()
+
+
+def _short(gpu: str) -> str:
+    """A UUID's kind and first group: what an operator compares with ``nvidia-smi -L``."""
+    return "-".join(_full(gpu).split("-")[:2])
+
+
+def _instance(config: FleetConfig, places: Places, name: str, gpus: tuple[str, ...], port: int) -> Instance:
+    server = config.server
+    command = (
+        (server.python, "-m", "chatterbox_server")
+        if server.command is None
+        else tuple(argument.format(port=port, host=HOST) for argument in server.command)
+    )
+    environment = {
+        # nvidia-smi's order, so that "GPU 1" means the same card to us, to CUDA and to the operator.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        **_limits_and_caches(server.cpu_threads, places),
+    }
+    if server.command is None:
+        environment |= _settings(config, places, name, port)
+    if server.weights is not None:
+        environment["HF_HUB_OFFLINE"] = "1"
+    return Instance(
+        name=name,
+        gpus=gpus,
+        host=HOST,
+        port=port,
+        command=command,
+        environment=environment | server.environment,
+    )
+
+
+def _limits_and_caches(cpu_threads: int, places: Places) -> dict[str, str]:
+    threads = str(cpu_threads)
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "NUMBA_NUM_THREADS": threads,
+        # The home directory of a service user is nowhere: every library's cache has to be told its place.
+        "HF_HOME": places.hub_dir,
+        "XDG_CACHE_HOME": places.cache_dir,
+        "NUMBA_CACHE_DIR": f"{places.cache_dir}/numba",
+        "CUDA_CACHE_PATH": f"{places.cache_dir}/cuda",
+        "TRITON_CACHE_DIR": f"{places.cache_dir}/triton",
+        "TQDM_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict[str, str]:
+    """What ``chatterbox_server`` reads; the contract test feeds it every golden unit's."""
+    server = config.server
+    settings: dict[str, str | int | bool | None] = {
+        "INSTANCE": name,
+        "HOST": HOST,
+        "PORT": port,
+        "ENGINE": server.engine,
+        "MODEL": server.model,
+        "DEVICE": server.device,
+        "WEIGHTS": server.weights,
+        "TF32": server.tf32,
+        "CUDNN_BENCHMARK": server.cudnn_benchmark,
+        "AUTOCAST": server.autocast,
+        "VOICES_DIR": f"{places.state_dir}/voices",
+        "QUEUE_SIZE": server.queue_size,
+        "MAX_WAIT_S": server.max_wait_s,
+        "LONGEST_UTTERANCE_S": server.longest_utterance_s,
+    }
+    return {
+        f"CHATTERBOX_{key}": str(value).lower() if isinstance(value, bool) else str(value)
+        for key, value in settings.items()
+        if value is not None
+    }

@@ -1,0 +1,120 @@
+"""Child processes and their signs of life. Decides nothing about when to start or end one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from chatterbox_deploy.errors import CommandFailed
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+LINE_LIMIT_BYTES = 1 << 20
+"""A longer line of a child's output is cut there, so that a progress bar without newlines costs no memory."""
+
+
+class Process:
+    """A running child in a session of its own: the terminal's Ctrl-C reaches us, not it."""
+
+    def __init__(self, inner: asyncio.subprocess.Process, reader: asyncio.Task[None]) -> None:
+        """Use ``start``."""
+        self._inner = inner
+        self._reader = reader
+
+    async def wait(self) -> int:
+        """Its exit status once it has ended and its output was read; -N if signal N ended it."""
+        status = await self._inner.wait()
+        # A grandchild may hold the pipe open for ever: what it still says is not waited for.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._reader, timeout=1)
+        return status
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens if the process has ended."""
+        with suppress(ProcessLookupError):
+            self._inner.send_signal(number)
+
+
+async def start(
+    argv: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: str | None,
+    on_line: Callable[[str], None],
+) -> Process:
+    """Start ``argv``; each line it writes to stdout or stderr goes to ``on_line``.
+
+    Raises:
+        CommandFailed: the program is not there or may not be run.
+    """
+    # Should we be killed outright, the kernel ends the child (setpriv(1)): no orphan keeps the port and the GPU.
+    leash = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
+    if not shutil.which(argv[0]):
+        msg = f"cannot run {argv[0]}: no such program"
+        raise CommandFailed(msg)
+    inner = await asyncio.create_subprocess_exec(
+        *leash,
+        *argv,
+        env=environment,
+        cwd=directory,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+        limit=LINE_LIMIT_BYTES,
+    )
+    assert inner.stdout is not None  # noqa: S101  it is a pipe
+    return Process(inner, asyncio.create_task(_read_lines(inner.stdout, on_line)))
+
+
+async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
+    while True:
+        try:
+            line = await stream.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            if not error.partial:
+                return
+            line = error.partial
+        except asyncio.LimitOverrunError as error:
+            line = await stream.readexactly(error.consumed)
+        on_line(line.decode(errors="replace").rstrip("\r\n"))
+
+
+class NotifySocket:
+    """What systemd is to a ``Type=notify`` service (sd_notify(3)): tells when READY=1 arrives."""
+
+    def __init__(self, path: Path, on_ready: Callable[[], None]) -> None:
+        """Listen at ``path``, replacing what a former run left there."""
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(os.fspath(path))
+        self._socket.setblocking(False)
+        self._on_ready = on_ready
+        asyncio.get_running_loop().add_reader(self._socket, self._receive)
+
+    def _receive(self) -> None:
+        with suppress(BlockingIOError):
+            if "READY=1" in self._socket.recv(4096).decode(errors="replace").splitlines():
+                self._on_ready()
+
+    def close(self) -> None:
+        """Stop listening."""
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
+
+
+async def accepts(host: str, port: int) -> bool:
+    """Whether something listens on the port."""
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    return True

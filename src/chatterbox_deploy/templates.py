@@ -1,0 +1,64 @@
+"""Find and fill in templates: the operator's own first, then the shipped ones. Decides nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jinja2
+
+from chatterbox_deploy import nginx, systemd
+from chatterbox_deploy.errors import TemplateError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped() -> Path:
+    """Directory of ``units/`` and ``nginx/``: inside an installed package, or the checkout of an editable one."""
+    inside = _PACKAGE / "_templates"
+    return inside if inside.is_dir() else _PACKAGE.parents[1]
+
+
+class Templates:
+    """Templates by the name they have below ``units/`` and ``nginx/``."""
+
+    def __init__(self, own: Path | None = None) -> None:
+        """Look in ``own`` first; a template that is missing there comes from the package."""
+        if own is not None and not any((own / folder).is_dir() for folder in ("units", "nginx")):
+            msg = f"cannot use templates in {own}: it holds neither units/ nor nginx/"
+            raise TemplateError(msg)
+        folders = [shipped()] if own is None else [own, shipped()]
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(folders),
+            undefined=jinja2.StrictUndefined,
+            autoescape=False,  # noqa: S701  unit files and nginx configuration are not HTML; quoting is by filter
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        self._environment.filters.update(
+            systemd_quote=systemd.quote,
+            systemd_command=systemd.quote_command,
+            nginx_quote=nginx.quote,
+        )
+
+    def fill_in(self, name: str, values: Mapping[str, object]) -> str:
+        """Text of template ``name`` with ``values``.
+
+        Raises:
+            TemplateError: the template is missing, is not Jinja, or asks for a value that does not exist.
+        """
+        try:
+            return self._environment.get_template(name).render(values)
+        except jinja2.TemplateNotFound as error:
+            msg = f"cannot find template {error.name}"
+            raise TemplateError(msg) from None
+        except jinja2.TemplateSyntaxError as error:
+            msg = f"cannot read template {error.filename or name}, line {error.lineno}: {error.message}"
+            raise TemplateError(msg) from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            msg = f"cannot fill in template {name}: {error}"
+            raise TemplateError(msg) from None
