@@ -1,0 +1,44 @@
+"""sd_notify(3) in a few lines: tells systemd what state this process is in. Silent where nobody listens."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+READY = "READY=1"
+STOPPING = "STOPPING=1"
+WATCHDOG = "WATCHDOG=1"
+
+
+def status(words: str) -> str:
+    """The line that ``systemctl status`` shows."""
+    return f"STATUS={' '.join(words.split())}"
+
+
+def send(environ: Mapping[str, str], *lines: str) -> bool:
+    """Send ``lines`` in one datagram to NOTIFY_SOCKET; false when there is none or nobody reads it.
+
+    ``@name`` is a socket in Linux's abstract namespace, whose address begins with a zero byte (unix(7)).
+    """
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as datagrams:
+        try:
+            datagrams.sendto("\n".join(lines).encode(), address)
+        except OSError:
+            return False
+    return True
+
+
+def watchdog_interval_s(environ: Mapping[str, str], *, pid: int | None = None) -> float | None:
+    """Seconds between pings: half of WATCHDOG_USEC, as sd_watchdog_enabled(3) advises; ``None``: not watched.
+
+    WATCHDOG_PID names the process that is watched, when it is set and is not this one nobody waits for us.
+    """
+    usec = environ.get("WATCHDOG_USEC", "")
+    watched = environ.get("WATCHDOG_PID", "")
+    if watched and watched != str(os.getpid() if pid is None else pid):
+        return None
+    return int(usec) / 2_000_000 if usec.isascii() and usec.isdigit() and int(usec) > 0 else None

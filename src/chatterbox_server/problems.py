@@ -1,0 +1,103 @@
+"""Every refusal and failure in OpenAI's error shape. Decides what is said, never whether to say it."""
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from chatterbox_server.audio import NotSound
+from chatterbox_server.engine import EngineBroken, EngineError, Refused
+from chatterbox_server.queue import Busy
+from chatterbox_server.voices import UnknownVoice
+
+log = logging.getLogger(__name__)
+
+
+class BadRequest(Exception):
+    """What was asked is well-formed, yet this server cannot do it."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def problem(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """An answer that OpenAI's clients read; ``type`` follows from ``status``."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body, status, headers)
+
+
+def unavailable(message: str, *, retry_after_s: int, code: str) -> JSONResponse:
+    """503, which always says when to come back."""
+    return problem(503, message, code=code, headers={"Retry-After": str(retry_after_s)})
+
+
+def install(app: FastAPI) -> None:
+    """Answer each kind of error in the one shape."""
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    for wrong in (BadRequest, Refused, UnknownVoice):
+        app.add_exception_handler(wrong, _refused)
+    app.add_exception_handler(Busy, _busy)
+    for failed in (EngineError, NotSound):
+        app.add_exception_handler(failed, _failed)
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)  # noqa: S101 (Starlette calls by type)
+    said = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not allowed here"}
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    message = said.get(error.status_code, str(error.detail))
+    return problem(error.status_code, message, code=codes.get(error.status_code), headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)  # noqa: S101 (Starlette calls by type)
+    if not request.headers.get("content-type", "").split(";")[0].strip().endswith("json"):
+        return problem(400, "the body must be JSON, sent with Content-Type: application/json")
+    said: list[str] = []
+    params: list[str] = []
+    for wrong in error.errors():
+        if wrong["type"] == "json_invalid":
+            return problem(400, f"the body is not JSON: {wrong['ctx']['error']}")
+        where = ".".join(str(part) for part in wrong["loc"] if part != "body")
+        message = wrong["msg"].removeprefix("Value error, ")
+        given = "" if wrong["type"] == "missing" else f", got {_short(wrong['input'])}"
+        said.append(f"{where or 'body'}: {message[:1].lower()}{message[1:]}{given}")
+        params.append(where)
+    return problem(400, "; ".join(said), param=params[0] or None, code="invalid_value")
+
+
+def _short(value: object) -> str:
+    # repr also turns a lone surrogate, which no JSON answer can carry, into its escape.
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+async def _refused(_request: Request, error: Exception) -> JSONResponse:
+    param = "voice" if isinstance(error, UnknownVoice) else getattr(error, "param", None)
+    return problem(400, str(error), param=param, code="invalid_value")
+
+
+async def _busy(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Busy)  # noqa: S101 (Starlette calls by type)
+    code = {"QueueFull": "queue_full", "WaitedTooLong": "waited_too_long"}.get(type(error).__name__, "stopping")
+    return unavailable(str(error), retry_after_s=error.retry_after_s, code=code)
+
+
+async def _failed(_request: Request, error: Exception) -> JSONResponse:
+    log.error("cannot speak: %s", error, exc_info=error)
+    if isinstance(error, EngineBroken):
+        return unavailable(str(error), retry_after_s=1, code="engine_broken")
+    return problem(500, str(error), code="engine_error")

@@ -1,0 +1,174 @@
+"""What one instance was told by its environment. Reads a mapping; touches no file, no device."""
+
+import difflib
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+PREFIX: Final = "CHATTERBOX_"
+
+
+class SettingsError(Exception):
+    """The environment is wrong; holds every problem, so that an operator fixes all of them in one go."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join((f"cannot start: the environment has {count}", *problems)))
+
+
+def _true_or_false(value: object) -> object:
+    words = {"true": True, "false": False}
+    if isinstance(value, str):
+        if value not in words:
+            msg = "input should be 'true' or 'false'"
+            raise ValueError(msg)
+        return words[value]
+    return value
+
+
+def _address(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        msg = "input should be an IP address"
+        raise ValueError(msg) from None
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        msg = "input should be an absolute path"
+        raise ValueError(msg)
+    return path
+
+
+Flag = Annotated[bool, BeforeValidator(_true_or_false)]
+Directory = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Settings(BaseModel):
+    """One instance, decided completely; the field ``port`` is the variable ``CHATTERBOX_PORT``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance: Annotated[str, Field(pattern=r"^[a-z0-9-]+$")] = "local"
+    """Name of this instance in headers, logs and ``/readyz``."""
+
+    host: Annotated[str, AfterValidator(_address)] = "127.0.0.1"
+    """Address to bind; an address, not a name, so that it can never mean two."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 6093
+    """Port to bind, once the engine has spoken its first words."""
+
+    engine: Literal["stock", "espeak"] = "stock"
+    """``stock`` is the real chatterbox-tts; ``espeak`` is an offline stand-in without GPU or weights."""
+
+    model: Literal["chatterbox", "turbo", "multilingual"] = "chatterbox"
+    """Which of the models of chatterbox-tts the stock engine loads."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Never ``cuda:N``: which GPU that is, CUDA_VISIBLE_DEVICES has already decided."""
+
+    weights: Directory | None = None
+    """Local checkpoint; ``None`` is the Hugging Face cache below ``HF_HOME``."""
+
+    tf32: Flag = True
+    """Allow TF32 in matrix products and convolutions."""
+
+    cudnn_benchmark: Flag = True
+    """Let cuDNN time its algorithms at each new shape."""
+
+    autocast: Literal["off", "fp16", "bf16"] = "off"
+    """Lower precision around the model; measured slower than ``off`` on an H200."""
+
+    voices_dir: Directory | None = None
+    """``NAME.wav`` (flac, ogg, mp3) here is voice NAME; ``None`` leaves the built-in voice."""
+
+    queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
+    """Requests that may wait behind the one being spoken; one more is answered 503."""
+
+    max_wait_s: Annotated[int, Field(ge=1, le=3600)] = 60
+    """A request that has not begun after so many seconds is answered 503."""
+
+    longest_utterance_s: Annotated[int, Field(ge=1, le=3600)] = 120
+    """An utterance that has run longer than this counts as hung: the watchdog pings stop."""
+
+    visible_gpus: tuple[str, ...] = ()
+    """Entries of CUDA_VISIBLE_DEVICES (indices or UUIDs); empty when it is not set."""
+
+    invocation_id: str | None = None
+    """INVOCATION_ID that systemd gave this start; tells a restarted process from the one before it."""
+
+    @field_validator("autocast")
+    @classmethod
+    def _autocast_needs_cuda(cls, value: str, told: ValidationInfo) -> str:
+        # On the CPU, torch's autocast hands the vocoder's inverse Fourier transform numbers it does not take.
+        if value != "off" and told.data.get("device") == "cpu":
+            msg = "input should be 'off' where CHATTERBOX_DEVICE is 'cpu'"
+            raise ValueError(msg)
+        return value
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Self:
+        """Read every ``CHATTERBOX_*`` name of ``environ``.
+
+        Raises:
+            SettingsError: names that do not exist and values that do not fit, all of them at once.
+        """
+        told: dict[str, Any] = {}
+        problems: list[str] = []
+        for name, value in sorted(environ.items()):
+            if not name.startswith(PREFIX):
+                continue
+            field = name.removeprefix(PREFIX).lower()
+            if field in _FIELDS and name == _variable(field):
+                told[field] = value
+            else:
+                problems.append(f"{name}: unknown name{_near(name)}")
+        told["visible_gpus"] = tuple(
+            gpu.strip() for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()
+        )
+        told["invocation_id"] = environ.get("INVOCATION_ID") or None
+        try:
+            settings = cls.model_validate(told)
+        except ValidationError as error:
+            problems.extend(
+                f"{_variable(str(problem['loc'][0]))}: {_said(problem['msg'])}, got {problem['input']!r}"
+                for problem in error.errors()
+            )
+            raise SettingsError(tuple(sorted(problems))) from None
+        if problems:
+            raise SettingsError(tuple(problems))
+        return settings
+
+
+# What systemd, not an operator, tells us has no CHATTERBOX_ name.
+_FIELDS: Final = frozenset(Settings.model_fields) - {"visible_gpus", "invocation_id"}
+
+
+def _variable(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def _near(name: str) -> str:
+    # Without the prefix, which would make every name look near.
+    close = difflib.get_close_matches(name.upper().removeprefix(PREFIX), sorted(map(str.upper, _FIELDS)), n=1)
+    return f" (did you mean '{PREFIX}{close[0]}'?)" if close else ""
+
+
+def _said(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
