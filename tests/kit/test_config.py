@@ -1,0 +1,206 @@
+"""fleet.toml: what is accepted, and what is said of everything else."""
+
+from __future__ import annotations
+
+import tomllib
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatterbox_deploy import config
+from chatterbox_deploy.errors import FleetFileError
+from support import fleets
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(FleetFileError) as caught:
+        config.load(text, source="fleet.toml")
+    return list(caught.value.problems)
+
+
+GPU_KEY = "should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, or two of them ('2,3')"
+ONE_GPU = "[gpus]\n0 = 6093\n"
+LISTEN = "should be ADDRESS:PORT, such as '127.0.0.1:6095', '0.0.0.0:80' or '[::1]:6095'"
+PATH = "should be an absolute path without spaces, '..' or characters special to nginx or systemd"
+
+REJECTED = [
+    # [gpus]
+    ("", ["gpus: missing; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"]),
+    ("[gpus]\n", ["gpus: dictionary should have at least 1 item after validation, not 0, got {}"]),
+    ("gpus = 6093", ["gpus: input should be a valid dictionary, got 6093"]),
+    ("[gpus]\n0 = 80", ["gpus.0: input should be greater than or equal to 1024, got 80"]),
+    ("[gpus]\n0 = 65536", ["gpus.0: input should be less than or equal to 65535, got 65536"]),
+    ("[gpus]\n0 = '6093'", ["gpus.0: input should be a valid integer, got '6093'"]),
+    ("[gpus]\n0 = true", ["gpus.0: input should be a valid integer, got True"]),
+    ("[gpus]\n0 = []", ["gpus.0: list should have at least 1 item after validation, not 0, got []"]),
+    ("[gpus]\n0 = [6093, 80]", ["gpus.0.1: input should be greater than or equal to 1024, got 80"]),
+    ("[gpus]\ngpu0 = 6093", [f"gpus.gpu0: {GPU_KEY}"]),
+    ("[gpus]\n01 = 6093", [f"gpus.01: {GPU_KEY}"]),
+    ("[gpus]\n'0, 1' = 6093", [f"gpus.0, 1: {GPU_KEY}"]),
+    ("[gpus]\n'0,1,2' = 6093", [f"gpus.0,1,2: {GPU_KEY}"]),
+    ("[gpus]\nGPU-8f3c2a1b = 6093", [f"gpus.GPU-8f3c2a1b: {GPU_KEY}"]),
+    ("[gpus]\n0 = 6093\n1 = 6093", ["gpus.1: port 6093 is already used by gpus.0"]),
+    ("[gpus]\n0 = [6093, 6093]", ["gpus.0: port 6093 is already used by gpus.0"]),
+    (
+        "[gpus]\n0 = 6093\n'0,1' = 6094",
+        ["gpus.0,1: GPU 0 is already used by gpus.0; to share a GPU give it a list of ports"],
+    ),
+    ("[gpus]\n'1,1' = 6094", ["gpus.1,1: GPU 1 is already used by gpus.1,1"]),
+    ("[gpus]\n0 = 6095", ["gpus.0: port 6095 is already used by nginx.listen, '127.0.0.1:6095'"]),
+    # [nginx]
+    (ONE_GPU + "[nginx]\nlisten = 'localhost:6095'", [f"nginx.listen: {LISTEN}, got 'localhost:6095'"]),
+    (ONE_GPU + "[nginx]\nlisten = '6095'", [f"nginx.listen: {LISTEN}, got '6095'"]),
+    (ONE_GPU + "[nginx]\nlisten = '127.0.0.1:70000'", [f"nginx.listen: {LISTEN}, got '127.0.0.1:70000'"]),
+    (ONE_GPU + "[nginx]\nlisten = '::1:6095'", [f"nginx.listen: {LISTEN}, got '::1:6095'"]),
+    (
+        ONE_GPU + "[nginx]\nlisten = '0.0.0.0:80'",
+        ["nginx.listen: other machines reach '0.0.0.0:80': give api_keys_file, or say allow_anonymous = true"],
+    ),
+    (ONE_GPU + "[nginx]\napi_keys_file = 'keys'", [f"nginx.api_keys_file: {PATH}, got 'keys'"]),
+    (ONE_GPU + "[nginx]\napi_keys_file = '/a b'", [f"nginx.api_keys_file: {PATH}, got '/a b'"]),
+    (ONE_GPU + "[nginx]\napi_keys_file = '/a/$x'", [f"nginx.api_keys_file: {PATH}, got '/a/$x'"]),
+    (ONE_GPU + "[nginx]\napi_keys_file = '/a/../b'", [f"nginx.api_keys_file: {PATH}, got '/a/../b'"]),
+    # [server]
+    (
+        ONE_GPU + "[server]\nmodel = 'chaterbox'",
+        ["server.model: input should be 'chatterbox', 'turbo' or 'multilingual', got 'chaterbox'"],
+    ),
+    (
+        ONE_GPU + "[server]\ndevice = 'cpu'\nautocast = 'bf16'",
+        ["server.autocast: should be 'off' where server.device is 'cpu', got 'bf16'"],
+    ),
+    (
+        ONE_GPU + "[server]\ndirectory = '/srv'",
+        ["server.directory: has no meaning without server.command"],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve', '{port}']\nengine = 'stock'\nmodel = 'turbo'",
+        [
+            "server.engine: has no meaning with server.command; give it to that server in its own way",
+            "server.model: has no meaning with server.command; give it to that server in its own way",
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['python', '{port}']",
+        ["server.command: should begin with an absolute path, got 'python'"],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve']",
+        [
+            "server.command: should hold {port}, or every instance takes the same one"
+            " (for a server that reads a variable: ['/usr/bin/env', 'PORT={port}', …])"
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve', '{port}', '{gpu}']",
+        ["server.command.2: may hold only {port} and {host}; write a plain brace twice, got '{gpu}'"],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve', '{port', 'x']",
+        ["server.command.1: may hold only {port} and {host}; write a plain brace twice, got '{port'"],
+    ),
+    (
+        ONE_GPU + "[server.environment]\nCUDA_VISIBLE_DEVICES = '1'",
+        [
+            "server.environment.CUDA_VISIBLE_DEVICES: is set by the unit itself and cannot be given here, "
+            "got 'CUDA_VISIBLE_DEVICES'"
+        ],
+    ),
+    (
+        ONE_GPU + '[server.environment]\nA = "1\\n2"',
+        ["server.environment.A: should be one line of printable characters, got '1\\n2'"],
+    ),
+    # unknown keys, and the nearest known one
+    (
+        ONE_GPU + "[unit]\nstart_timout_s = 3",
+        ["unit.start_timout_s: unknown key (did you mean 'unit.start_timeout_s'?)"],
+    ),
+    ("start_timout_s = 3\n" + ONE_GPU, ["start_timout_s: unknown key (did you mean 'unit.start_timeout_s'?)"]),
+    (ONE_GPU + "[server]\nlisten = '127.0.0.1:80'", ["server.listen: unknown key (did you mean 'nginx.listen'?)"]),
+    (ONE_GPU + "[zebra]\nx = 1", ["zebra: unknown key"]),
+    # not TOML: where, and the line itself
+    (
+        "[gpus]\n0 = 6093\n1 6094\n",
+        ["expected '=' after a key in a key/value pair (at line 3, column 3)\n    1 6094\n      ^"],
+    ),
+    ("[gpus]\n0 = 6093\n0 = 6094\n", ["cannot overwrite a value (at line 3, column 9)\n    0 = 6094\n            ^"]),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), REJECTED)
+def test_a_wrong_file_is_refused_with_the_key_the_value_and_the_way_out(text: str, said: list[str]) -> None:
+    assert problems(text) == said
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    assert problems("""
+start_timout_s = 300
+[gpus]
+0 = 80
+1 = "x"
+2 = 6095
+3 = 7000
+4 = 7000
+[server]
+modle = "turbo"
+""") == [
+        "gpus.0: input should be greater than or equal to 1024, got 80",
+        "gpus.1: input should be a valid integer, got 'x'",
+        "server.modle: unknown key (did you mean 'server.model'?)",
+        "start_timout_s: unknown key (did you mean 'unit.start_timeout_s'?)",
+        "gpus.4: port 7000 is already used by gpus.3",
+        "gpus.2: port 6095 is already used by nginx.listen, '127.0.0.1:6095'",
+    ]
+
+
+def test_the_message_counts_and_lists() -> None:
+    with pytest.raises(FleetFileError) as caught:
+        config.load("[gpus]\n0 = 80\n1 = 'x'", source="fleet.toml")
+
+    assert str(caught.value) == (
+        "fleet.toml has 2 problems\n"
+        "  gpus.0: input should be greater than or equal to 1024, got 80\n"
+        "  gpus.1: input should be a valid integer, got 'x'"
+    )
+
+
+def test_a_public_address_is_accepted_with_keys_or_with_the_explicit_word() -> None:
+    public = ONE_GPU + "[nginx]\nlisten = '0.0.0.0:80'\n"
+
+    assert config.load(public + "api_keys_file = '/etc/keys'", source="f").nginx.api_keys_file == "/etc/keys"
+    assert config.load(public + "allow_anonymous = true", source="f").nginx.allow_anonymous
+
+
+def test_a_long_value_is_shortened_in_the_message() -> None:
+    (said,) = problems(ONE_GPU + f"[server]\nmodel = '{'x' * 5000}'")
+
+    assert len(said) < 200
+
+
+@given(fleets.fleet_tables())
+def test_any_valid_fleet_is_read_as_it_was_written(table: dict[str, Any]) -> None:
+    loaded = config.load(fleets.to_toml(table), source="fleet.toml")
+
+    assert loaded.model_dump(exclude_unset=True) == table
+
+
+@given(fleets.broken_tables())
+def test_whatever_stands_in_the_file_the_answer_is_a_fleet_or_a_list_of_problems(table: dict[str, Any]) -> None:
+    with suppress(FleetFileError):
+        config.load(fleets.to_toml(table), source="fleet.toml")
+
+
+@given(st.text())
+def test_any_text_is_a_fleet_or_a_list_of_problems(text: str) -> None:
+    with suppress(FleetFileError):
+        config.load(text, source="fleet.toml")
+
+
+def test_the_near_miss_knows_every_key_of_every_section() -> None:
+    example = tomllib.loads(fleets.to_toml({"gpus": {}, "nginx": {}, "server": {}, "unit": {}}))
+
+    assert set(example) <= set(config.KNOWN_KEYS)
+    assert {"nginx.listen", "server.engine", "unit.watchdog_s"} <= set(config.KNOWN_KEYS)

@@ -1,0 +1,77 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.render import RenderedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+A, B = PurePosixPath("/etc/a"), PurePosixPath("/etc/b")
+
+
+def everything_below(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_files_land_below_the_root_with_their_mode(tmp_path: Path) -> None:
+    LocalHost(tmp_path).write_files([RenderedFile(A, "text", mode=0o640)])
+
+    assert everything_below(tmp_path) == {"etc/a": "text"}
+    assert (tmp_path / "etc/a").stat().st_mode & 0o777 == 0o640
+
+
+def test_if_one_file_cannot_be_written_none_is_changed_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    LocalHost(tmp_path).write_files([RenderedFile(A, "old")])
+    (tmp_path / "etc/b").mkdir()
+
+    with pytest.raises(CommandFailed, match=r"cannot write .*/etc/b: is a directory"):
+        LocalHost(tmp_path).write_files([RenderedFile(A, "new"), RenderedFile(B, "new")])
+
+    assert everything_below(tmp_path) == {"etc/a": "old"}
+
+
+def test_a_missing_file_is_none_and_an_unreadable_one_is_an_error(tmp_path: Path) -> None:
+    host = LocalHost(tmp_path)
+    (tmp_path / "etc/a").mkdir(parents=True)
+
+    assert host.read_text(B) is None
+    with pytest.raises(CommandFailed, match=r"cannot read .*/etc/a: is a directory"):
+        host.read_text(A)
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/a").write_bytes(b"\xff\xfe")
+
+    assert LocalHost(tmp_path).read_text(A) == "\ufffd\ufffd"
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """An ordinary user, and a directory that such a user can enter; for an ordinary user, nothing changes."""
+    was = os.geteuid()
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        (Path(directory) / "etc").mkdir(mode=0o555)
+        if was == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(directory)
+        finally:
+            os.seteuid(was)
+
+
+def test_without_permission_the_message_says_sudo() -> None:
+    with as_nobody() as directory, pytest.raises(CommandFailed, match="permission denied; run it as root"):
+        LocalHost(directory).write_files([RenderedFile(A, "text")])

@@ -1,0 +1,71 @@
+"""systemd's words. That quoting survives a real start is tested in tests/host."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from chatterbox_deploy import config, fleet, systemd
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NEEDS_SYSTEMD = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+
+NASTY = [
+    "plain",
+    "",
+    "two words",
+    'a "quoted" word',
+    "it's",
+    "100%",
+    "%h",
+    "$HOME",
+    "${X}",
+    "\\",
+    "\\x41",
+    ";",
+    "ä → 語",
+    "#",
+]
+
+
+def test_quoting_reads_like_this() -> None:
+    assert systemd.quote("A=plain-1.0,/x:y") == "A=plain-1.0,/x:y"
+    assert systemd.quote("A=two words") == '"A=two words"'
+    assert systemd.quote('A=50% of "it" \\') == '"A=50%% of \\"it\\" \\\\"'
+    assert systemd.quote_command(["/bin/x", "$HOME", ";"]) == '/bin/x "$$HOME" ";"'
+
+
+@NEEDS_SYSTEMD
+@pytest.mark.parametrize("text", NASTY)
+def test_systemd_accepts_what_was_quoted(text: str, tmp_path: Path) -> None:
+    unit = tmp_path / "quoting.service"
+    unit.write_text(
+        f"[Service]\nEnvironment={systemd.quote(f'A={text}')}\nExecStart={systemd.quote_command(['/bin/true', text])}\n"
+    )
+
+    said = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+
+    assert said.returncode == 0
+    assert said.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("server", "answer"),
+    [
+        ("", "yes"),
+        ("weights = '/home/ada/checkpoint'", "read-only"),
+        ("python = '/root/venv/bin/python'", "read-only"),
+        ("command = ['/home/ada/serve', '{port}']", "read-only"),
+        ("command = ['/srv/serve', '--config', '/home/ada/x', '{port}']", "read-only"),
+        ("weights = '/homes/checkpoint'", "yes"),
+    ],
+)
+def test_homes_are_hidden_unless_the_fleet_uses_one(server: str, answer: str) -> None:
+    text = f"[gpus]\n0 = 6093\n[server]\n{server}"
+
+    assert systemd.protect_home(fleet.resolve(config.load(text, source="f"))) == answer

@@ -1,0 +1,175 @@
+"""``up``: the real command, real nginx, real servers, in the foreground and without root's places."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [
+    pytest.mark.nginx,
+    pytest.mark.skipif(
+        not shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin"), reason="needs nginx (apt-get install nginx)"
+    ),
+]
+NEEDS_ESPEAK = pytest.mark.skipif(not shutil.which("espeak-ng"), reason="needs espeak-ng")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+class Up:
+    """A running ``chatterbox-deploy up`` and what it has said so far."""
+
+    def __init__(self, fleet_toml: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "chatterbox_deploy", "up", str(fleet_toml)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        self.said.extend(iter(self.process.stdout.readline, ""))
+
+    def wait_for(self, pattern: str, *, times: int = 1, limit_s: float = 60) -> None:
+        """Until ``times`` lines match; fails with everything said when it ends or takes too long."""
+        deadline = time.monotonic() + limit_s
+        while sum(bool(re.search(pattern, line)) for line in self.said) < times:
+            assert time.monotonic() < deadline, "".join(self.said)
+            assert self.process.poll() is None or self._reader.is_alive(), "".join(self.said)
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        """As Ctrl-C does; its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.wait()
+
+    def wait(self) -> int:
+        status = self.process.wait(timeout=60)
+        self._reader.join(timeout=10)
+        assert self.process.stdout
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def up(tmp_path: Path) -> Iterator[Callable[[str], Up]]:
+    started: list[Up] = []
+
+    def start(text: str) -> Up:
+        (tmp_path / "fleet.toml").write_text(text)
+        started.append(Up(tmp_path / "fleet.toml"))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.end()
+
+
+def get(url: str, body: bytes | None = None) -> tuple[bytes, str]:
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return response.read(), response.headers.get("X-Instance", "")
+
+
+def processes_on(port: int) -> list[int]:
+    found = subprocess.run(["ss", "-Htlnp", f"sport = :{port}"], capture_output=True, text=True, check=True).stdout
+    return [int(pid) for pid in re.findall(r"pid=(\d+)", found)]
+
+
+@NEEDS_ESPEAK
+def test_a_fleet_speaks_survives_a_kill_and_ends_in_order(up: Callable[[str], Up]) -> None:
+    one, two, front = free_ports(3)
+    running = up(
+        f"[gpus]\n0 = {one}\n1 = {two}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        "[server]\nengine = 'espeak'\n[unit]\nrestart_delay_s = 1\n"
+    )
+    running.wait_for(rf"^ready +\| 2 instances behind http://127.0.0.1:{front} ")
+
+    spoken = [
+        get(f"http://127.0.0.1:{front}/v1/audio/speech", b'{"input": "Hello.", "response_format": "wav"}')
+        for _ in range(6)
+    ]
+    assert all(audio.startswith(b"RIFF") for audio, _ in spoken)
+    assert {instance for _, instance in spoken} == {"gpu0", "gpu1"}
+
+    (victim,) = processes_on(one)
+    os.kill(victim, signal.SIGKILL)
+    running.wait_for(r"gpu0 +\| killed by SIGKILL; starting again in 1 s")
+    running.wait_for(r"gpu0 +\| ready", times=2)
+
+    assert running.end() == 0
+    assert not [pid for port in (one, two, front) for pid in processes_on(port)]
+
+
+def test_any_server_runs_unchanged_behind_the_same_front(up: Callable[[str], Up], tmp_path: Path) -> None:
+    one, two, front = free_ports(3)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/answer.txt").write_text("from a server of one's own")
+    running = up(
+        f"[gpus]\n0 = {one}\n1 = {two}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\ncommand = ['{Path(sys.executable)}', '-m', 'http.server', '--bind', '{{host}}', '{{port}}']\n"
+        f"directory = '{tmp_path}/site'\n"
+    )
+    running.wait_for(r"^ready")
+
+    answers = [get(f"http://127.0.0.1:{front}/answer.txt") for _ in range(4)]
+
+    assert {body for body, _ in answers} == {b"from a server of one's own"}
+    assert {instance for _, instance in answers} == {"gpu0", "gpu1"}
+    assert running.end() == 0
+
+
+def test_instances_that_crash_in_a_loop_are_left_down_and_up_ends_with_the_reason(up: Callable[[str], Up]) -> None:
+    one, front = free_ports(2)
+    running = up(
+        f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        "[server]\ncommand = ['/bin/sh', '-c', 'echo no weights; exit 4 # {port}']\n"
+        "[unit]\nrestart_limit = 2\nrestart_delay_s = 1\n"
+    )
+
+    assert running.wait() == 3
+    said = "".join(running.said)
+    assert said.count("| no weights") == 2
+    assert "gpu0  | ended with status 4, start 2 of 2; left down" in said
+    assert "error: no instance is left running" in said
+
+
+def test_a_taken_front_port_is_said_at_once(up: Callable[[str], Up]) -> None:
+    one, _ = free_ports(2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        running = up(
+            f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{taken.getsockname()[1]}'\n"
+            "[server]\ncommand = ['/bin/sleep', '600', '{port}']\n"
+        )
+
+        assert running.wait() == 3
+    said = "".join(running.said)
+    assert "Address already in use" in said
+    assert "error: nginx ended by itself, with status 1" in said

@@ -1,0 +1,136 @@
+"""An engine that tests steer, and the two ways to reach a server around it. Starts no process."""
+
+import asyncio
+import threading
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from numpy.typing import NDArray
+
+from chatterbox_server.app import WARM_UP, create_app, lifetime
+from chatterbox_server.engine import Engine, EngineBroken, EngineError, Refused, Sampling, Utterance
+from chatterbox_server.queue import EngineQueue
+from chatterbox_server.settings import Settings
+
+T = TypeVar("T")
+
+PATIENCE_S = 30.0
+"""Only ever waited for by a test that is about to fail."""
+
+
+class FakeEngine:
+    """Says a noise that belongs to the utterance; what goes wrong is written in the text."""
+
+    name = "fake"
+    model = "fake-1"
+    sample_rate_hz = 24_000
+    max_chars = 100
+    max_chars_reason = "it is a fake"
+    speeds = (1.0, 1.0)
+    languages: tuple[str, ...] = ("en", "de")
+    defaults = Sampling()
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.heard: list[Utterance] = []
+        self.held = held
+        """Each utterance but the warm-up waits for ``let_go``."""
+        self._go = threading.Semaphore(0)
+
+    def let_go(self, count: int = 1) -> None:
+        self._go.release(count)
+
+    def facts(self) -> Mapping[str, object]:
+        return {"devices": []}
+
+    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+        self.heard.append(utterance)
+        if self.held and utterance.text != WARM_UP:
+            assert self._go.acquire(timeout=PATIENCE_S), "nobody let the engine go on"
+        match utterance.text:
+            case "refuse":
+                raise Refused("that recording is silent", param="voice")
+            case "fail":
+                raise EngineError("the GPU is out of memory")
+            case "break":
+                raise EngineBroken("device-side assert")
+            case "bug":
+                raise ZeroDivisionError("division by zero")
+            case "stop":
+                raise StopIteration
+            case "nan":
+                return np.array([0.0, np.nan], np.float32)
+            case "nothing":
+                return np.zeros(0, np.float32)
+        return noise(utterance)
+
+
+def noise(utterance: Utterance) -> NDArray[np.float32]:
+    """A tenth of a second that no other utterance has."""
+    dice = np.random.default_rng(zlib.crc32(repr(utterance).encode()))
+    return dice.uniform(-0.5, 0.5, 2400).astype(np.float32)
+
+
+def an_utterance(text: str, **changed: Any) -> Utterance:
+    whole: dict[str, Any] = {"voice": None, "language": "en", "speed": 1.0, "sampling": Sampling(), "seed": 0}
+    return Utterance(text=text, **(whole | changed))
+
+
+def run(scenario: Coroutine[Any, Any, T]) -> T:
+    """Run ``scenario``, which may not hang."""
+
+    async def bounded() -> T:
+        async with asyncio.timeout(2 * PATIENCE_S):
+            return await scenario
+
+    return asyncio.run(bounded())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Let everything else run until ``true``."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not true():
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def a_queue(engine: Engine, *, size: int = 8, max_wait_s: float = 60.0) -> AsyncIterator[EngineQueue]:
+    queue = EngineQueue(lambda: engine, size=size, max_wait_s=max_wait_s)
+    await queue.start()
+    try:
+        yield queue
+    finally:
+        if isinstance(engine, FakeEngine):
+            engine.held = False
+            engine.let_go(1000)
+        await queue.close(patience_s=PATIENCE_S)
+
+
+@asynccontextmanager
+async def a_client(engine: Engine, settings: Settings | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the whole app, without a socket."""
+    app = create_app(lambda: engine, settings or Settings())
+    async with lifetime(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=PATIENCE_S) as client:
+            yield client
+
+
+@asynccontextmanager
+async def a_port(app: FastAPI) -> AsyncIterator[int]:
+    """A real port on which uvicorn serves ``app``."""
+    config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    async with lifetime(app):
+        serving = asyncio.create_task(server.serve())
+        await until(lambda: server.started)
+        try:
+            yield server.servers[0].sockets[0].getsockname()[1]
+        finally:
+            server.should_exit = True
+            await serving

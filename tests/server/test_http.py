@@ -1,0 +1,472 @@
+"""The routes over a fake engine: what a client sends, what it gets."""
+
+import asyncio
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatterbox_server import audio
+from chatterbox_server.app import WARM_UP, create_app
+from chatterbox_server.engine import Sampling
+from chatterbox_server.settings import Settings
+from server.fakes import FakeEngine, a_client, a_port, noise, run, until
+
+SPEECH = "/v1/audio/speech"
+
+
+def post(body: object, *, engine: FakeEngine | None = None, told: Settings | None = None) -> httpx.Response:
+    async def scenario() -> httpx.Response:
+        async with a_client(engine or FakeEngine(), told) as client:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(SPEECH, content=content, headers={"Content-Type": "application/json"})
+
+    return run(scenario())
+
+
+def get(path: str, *, told: Settings | None = None) -> httpx.Response:
+    async def scenario() -> httpx.Response:
+        async with a_client(FakeEngine(), told) as client:
+            return await client.get(path)
+
+    return run(scenario())
+
+
+# -- speech -----------------------------------------------------------------------------------------------
+
+
+def test_an_openai_request_gets_its_sound() -> None:
+    engine = FakeEngine()
+    answer = post(
+        {
+            "model": "gpt-4o-mini-tts",
+            "input": "Hello.",
+            "voice": "alloy",
+            "response_format": "pcm",
+            "speed": 1,
+            "instructions": "Speak like a pirate.",
+            "stream_format": "audio",
+            "some_new_field": {"of": "theirs"},
+        },
+        engine=engine,
+    )
+
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "audio/pcm"
+    assert answer.content == audio.encode(noise(engine.heard[-1]), 24_000, "pcm")
+    assert engine.heard[-1].text == "Hello."
+    assert answer.headers["x-audio-duration"] == "0.100"
+    assert answer.headers["x-instance"] == "local"
+    assert float(answer.headers["x-queue-wait"]) >= 0
+    assert float(answer.headers["x-real-time-factor"]) >= 0
+    assert int(answer.headers["x-seed"]) == engine.heard[-1].seed
+
+
+@pytest.mark.parametrize(
+    ("audio_format", "media_type"),
+    [
+        (None, "audio/mpeg"),
+        ("mp3", "audio/mpeg"),
+        ("opus", "audio/ogg"),
+        ("flac", "audio/flac"),
+        ("wav", "audio/wav"),
+    ],
+)
+def test_every_format_decodes_and_lasts_as_long_as_its_header_says(audio_format: str | None, media_type: str) -> None:
+    chosen = {} if audio_format is None else {"response_format": audio_format}
+    answer = post({"input": "Hello."} | chosen)
+
+    assert answer.headers["content-type"] == media_type
+    decoded, rate_hz = soundfile.read(io.BytesIO(answer.content))
+    assert decoded.size / rate_hz == pytest.approx(float(answer.headers["x-audio-duration"]), abs=0.1)
+
+
+def test_every_parameter_reaches_the_engine_and_the_rest_is_its_own() -> None:
+    engine = FakeEngine()
+    engine.defaults = Sampling(repetition_penalty=2.0, exaggeration=0.7)
+    given = {"cfg_weight": 0, "temperature": 1.5, "min_p": 0.1, "top_p": 0.9, "top_k": 0}
+    post({"input": "Hello.", "language": "DE", "seed": 7} | given, engine=engine)
+
+    heard = engine.heard[-1]
+    assert (heard.language, heard.seed, heard.voice) == ("de", 7, None)
+    assert heard.sampling == Sampling(
+        exaggeration=0.7, cfg_weight=0, temperature=1.5, min_p=0.1, top_p=0.9, top_k=0, repetition_penalty=2.0
+    )
+
+
+def test_a_request_without_a_seed_gets_a_new_one_that_repeats_it() -> None:
+    async def scenario() -> None:
+        async with a_client(FakeEngine()) as client:
+            body: dict[str, Any] = {"input": "Hello.", "response_format": "pcm"}
+            first, second = await client.post(SPEECH, json=body), await client.post(SPEECH, json=body)
+            assert first.headers["x-seed"] != second.headers["x-seed"]
+            again = await client.post(SPEECH, json=body | {"seed": int(first.headers["x-seed"])})
+            assert again.content == first.content != second.content
+
+    run(scenario())
+
+
+def test_a_recording_in_the_directory_is_what_the_engine_is_given(tmp_path: Path) -> None:
+    (tmp_path / "anna.wav").touch()
+    engine = FakeEngine()
+    post({"input": "Hello.", "voice": "anna"}, engine=engine, told=Settings(voices_dir=tmp_path))
+    assert engine.heard[-1].voice == tmp_path / "anna.wav"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "input", "input: field required"),
+        ({"input": ""}, "input", "input: string should have at least 1 character, got ''"),
+        ({"input": " \n"}, "input", "input: there is nothing to say, got ' \\n'"),
+        ({"input": "a\0b"}, "input", "input: a zero byte cannot be spoken, got 'a\\x00b'"),
+        ({"input": None}, "input", "input: input should be a valid string, got None"),
+        (
+            {"input": "x" * 101},
+            "input",
+            "input has 101 characters, and fake-1 accepts 100 in one request: it is a fake",
+        ),
+        (
+            {"input": "x", "response_format": "aac"},
+            "response_format",
+            "response_format: input should be 'mp3', 'opus', 'flac', 'wav' or 'pcm', got 'aac'",
+        ),
+        (
+            {"input": "x", "stream_format": "sse"},
+            "stream_format",
+            "stream_format: input should be 'audio', got 'sse'",
+        ),
+        ({"input": "x", "speed": 2}, "speed", "fake-1 speaks at speed 1, not 2"),
+        ({"input": "x", "speed": "1"}, "speed", "speed: input should be a valid number, got '1'"),
+        ({"input": "x", "speed": 9}, "speed", "speed: input should be less than or equal to 4, got 9"),
+        ({"input": "x", "voice": "bob"}, "voice", "unknown voice 'bob'; known: default"),
+        ({"input": "x", "voice": "../default"}, "voice", None),
+        ({"input": "x", "voice": {"id": "alloy"}}, "voice", None),
+        (
+            {"input": "x", "language": "tlh"},
+            "language",
+            "fake-1 does not speak language 'tlh'; it speaks: en, de",
+        ),
+        (
+            {"input": "x", "temperature": 0},
+            "temperature",
+            "temperature: input should be greater than 0, got 0",
+        ),
+        ({"input": "x", "exaggeration": -1}, "exaggeration", None),
+        ({"input": "x", "cfg_weight": 1.1}, "cfg_weight", None),
+        ({"input": "x", "min_p": 2}, "min_p", None),
+        ({"input": "x", "top_p": 0}, "top_p", None),
+        ({"input": "x", "top_k": 1.5}, "top_k", None),
+        ({"input": "x", "repetition_penalty": 0}, "repetition_penalty", None),
+        ({"input": "x", "seed": True}, "seed", "seed: input should be a valid integer, got True"),
+        ({"input": "x", "seed": -1}, "seed", None),
+        (
+            b'{"input": "x", "temperature": NaN}',
+            "temperature",
+            "temperature: input should be a finite number, got nan",
+        ),
+        (b'{"input": "\\ud800"}', "input", None),
+        (b'{"input": ', None, "the body is not JSON: Expecting value"),
+        (b"", None, None),
+        ([], None, None),
+        ({"input": "refuse"}, "voice", "that recording is silent"),
+    ],
+)
+def test_what_cannot_be_done_says_what_to_change(body: object, param: str | None, message: str | None) -> None:
+    answer = post(body)
+
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert message is None or error["message"] == message
+
+
+def test_a_form_is_told_to_be_json() -> None:
+    async def scenario() -> httpx.Response:
+        async with a_client(FakeEngine()) as client:
+            return await client.post(SPEECH, data={"input": "x"})
+
+    answer = run(scenario())
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message == "the body must be JSON, sent with Content-Type: application/json"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fail", "the GPU is out of memory"),
+        ("bug", "cannot speak: ZeroDivisionError: division by zero"),
+        ("nan", "the engine returned 1 samples that are no number"),
+        ("nothing", "the engine returned samples of shape (0,)"),
+    ],
+)
+def test_an_engine_that_fails_is_a_500_and_the_next_request_is_fine(text: str, message: str) -> None:
+    async def scenario() -> None:
+        async with a_client(FakeEngine()) as client:
+            answer = await client.post(SPEECH, json={"input": text})
+            assert answer.status_code == 500
+            error = {"message": message, "type": "server_error", "param": None, "code": "engine_error"}
+            assert answer.json() == {"error": error}
+            assert (await client.post(SPEECH, json={"input": "fine"})).status_code == 200
+
+    run(scenario())
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+fields = st.sampled_from(["model", "voice", "response_format", "speed", "seed", "language", "top_k", "min_p"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(bodies=st.lists(st.dictionaries(fields | st.just("input"), json_values), min_size=1, max_size=10))
+def test_any_json_is_answered_in_the_one_shape(bodies: list[dict[str, Any]]) -> None:
+    async def scenario() -> None:
+        async with a_client(FakeEngine()) as client:
+            for body in bodies:
+                headers = {"Content-Type": "application/json"}
+                answer = await client.post(SPEECH, content=json.dumps(body).encode(), headers=headers)
+                assert answer.status_code in {200, 400}, body
+                if answer.status_code == 400:
+                    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+    run(scenario())
+
+
+# -- many at once -----------------------------------------------------------------------------------------
+
+
+def test_twenty_at_once_get_twenty_right_answers() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with a_client(engine, Settings(queue_size=20)) as client:
+            bodies = [{"input": f"text {n}", "seed": n, "response_format": "pcm"} for n in range(20)]
+            answers = await asyncio.gather(*(client.post(SPEECH, json=body) for body in bodies))
+            sounds = {
+                heard.seed: audio.encode(noise(heard), 24_000, "pcm") for heard in engine.heard if heard.text != WARM_UP
+            }
+            assert [answer.content for answer in answers] == [sounds[n] for n in range(20)]
+
+    run(scenario())
+
+
+def test_a_full_queue_answers_503_and_health_answers_meanwhile() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_client(engine, Settings(queue_size=1)) as client:
+            welcome = [asyncio.create_task(client.post(SPEECH, json={"input": text})) for text in ("a", "b")]
+
+            async def waits() -> bool:
+                ready = (await client.get("/readyz")).json()
+                return bool((ready["running"], ready["waiting"]) == (1, 1))
+
+            while not await waits():
+                await asyncio.sleep(0.001)
+            full = await client.post(SPEECH, json={"input": "c"})
+            assert full.status_code == 503
+            assert int(full.headers["retry-after"]) >= 1
+            assert full.json()["error"]["code"] == "queue_full"
+            assert (await client.get("/healthz")).status_code == 200
+            engine.let_go(2)
+            assert [answer.status_code for answer in await asyncio.gather(*welcome)] == [200, 200]
+
+    run(scenario())
+
+
+def test_waiting_too_long_is_a_503() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_client(engine, Settings(max_wait_s=1)) as client:
+            first = asyncio.create_task(client.post(SPEECH, json={"input": "first"}))
+            await until(lambda: len(engine.heard) == 2)
+            late = await client.post(SPEECH, json={"input": "late"})
+            assert late.status_code == 503
+            assert int(late.headers["retry-after"]) >= 1
+            assert late.json()["error"]["message"] == "not begun after 1 s of waiting"
+            engine.let_go()
+            assert (await first).status_code == 200
+
+    run(scenario())
+
+
+def test_a_client_that_hangs_up_frees_its_place() -> None:
+    """Over a real socket: an ASGI transport would cancel the handler itself and prove nothing."""
+
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        app = create_app(lambda: engine, Settings(queue_size=1))
+        queue = app.state.service.queue
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            first = asyncio.create_task(client.post(SPEECH, json={"input": "first"}))
+            await until(lambda: len(engine.heard) == 2)
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            body = b'{"input": "leaves"}'
+            head = f"POST {SPEECH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            await until(lambda: queue.waiting == 1)
+            writer.close()
+            await until(lambda: queue.waiting == 0)
+            engine.let_go()
+            assert (await first).status_code == 200
+            engine.let_go()
+            await client.post(SPEECH, json={"input": "stays"})
+            assert [heard.text for heard in engine.heard] == [WARM_UP, "first", "stays"]
+
+    run(scenario())
+
+
+# -- the other routes -------------------------------------------------------------------------------------
+
+
+def test_readiness_names_who_answers() -> None:
+    told = Settings(instance="gpu0", visible_gpus=("2", "3"), invocation_id="abc")
+    answer = get("/readyz", told=told)
+
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "ready": True,
+        "instance": "gpu0",
+        "engine": "fake",
+        "model": "fake-1",
+        "sample_rate_hz": 24_000,
+        "visible_gpus": ["2", "3"],
+        "invocation_id": "abc",
+        "draining": False,
+        "waiting": 0,
+        "running": 0,
+        "spoken": 1,
+        "facts": {"devices": []},
+    }
+
+
+def test_readiness_ends_while_draining_though_whoever_comes_is_served() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        app = create_app(lambda: engine, Settings())
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            app.state.service.queue.draining = True
+            answer = await client.get("/readyz")
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"]
+            assert (await client.post(SPEECH, json={"input": "late"})).status_code == 200
+
+    run(scenario())
+
+
+def test_a_stuck_engine_is_alive_but_not_ready() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_client(engine, Settings(longest_utterance_s=1)) as client:
+            stuck = asyncio.create_task(client.post(SPEECH, json={"input": "stuck"}))
+            while (await client.get("/readyz")).status_code == 200:
+                await asyncio.sleep(0.01)
+            assert (await client.get("/healthz")).status_code == 200
+            engine.let_go()
+            assert (await stuck).status_code == 200
+            assert (await client.get("/readyz")).status_code == 200
+
+    run(scenario())
+
+
+def test_the_loaded_model_is_listed() -> None:
+    (model,) = get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("fake-1", "model")
+
+
+def test_voices_are_listed_with_their_kind(tmp_path: Path) -> None:
+    (tmp_path / "anna.flac").touch()
+    (tmp_path / "nova.wav").touch()
+    rows = get("/v1/audio/voices", told=Settings(voices_dir=tmp_path)).json()["voices"]
+    assert [(row["name"], row["kind"]) for row in rows[:4]] == [
+        ("default", "built-in"),
+        ("anna", "recording"),
+        ("nova", "recording"),
+        ("alloy", "alias"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/nope", 404, "no such path: /nope"),
+        ("GET", SPEECH, 405, "GET is not allowed here"),
+        ("POST", "/healthz", 405, "POST is not allowed here"),
+    ],
+)
+def test_a_wrong_path_has_the_shape_of_every_error(method: str, path: str, status: int, message: str) -> None:
+    async def scenario() -> httpx.Response:
+        async with a_client(FakeEngine()) as client:
+            return await client.request(method, path)
+
+    answer = run(scenario())
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == message
+    assert answer.headers["x-instance"] == "local"
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-1", True), ("a b", False), ("", False), ("x" * 129, False)])
+def test_a_request_id_is_kept_if_it_can_stand_in_a_log(given: str, kept: bool) -> None:
+    async def scenario() -> str:
+        async with a_client(FakeEngine()) as client:
+            answer = await client.get("/nope", headers={"X-Request-Id": given})
+            return str(answer.headers["x-request-id"])
+
+    answered = run(scenario())
+    assert (answered == given) is kept
+    assert len(answered) in {len(given), 32}
+
+
+def test_one_request_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="chatterbox_server.app")
+
+    async def scenario() -> None:
+        async with a_client(FakeEngine()) as client:
+            headers = {"X-Request-Id": "abc"}
+            await client.post(SPEECH, json={"input": "x", "response_format": "wav"}, headers=headers)
+            await client.get("/healthz")
+
+    run(scenario())
+    (line,) = [record.getMessage() for record in caplog.records if SPEECH in record.getMessage()]
+    assert line.startswith(f"POST {SPEECH} 200 request=abc queue_wait=0.")
+    assert line.endswith('outcome="spoke 0.100 s of wav"')
+    assert "/healthz" not in caplog.text
+
+
+def test_our_own_bug_is_a_500_in_shape(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(FakeEngine, Settings())
+
+    @app.get("/bug")
+    async def bug() -> None:
+        raise KeyError("ours")
+
+    async def scenario() -> None:
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            answer = await client.get("/bug")
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "internal_error"
+            assert answer.headers["x-request-id"]
+
+    run(scenario())
+    assert "KeyError: 'ours'" in caplog.text
+
+
+def test_the_warm_up_comes_before_everything() -> None:
+    engine = FakeEngine()
+
+    async def scenario() -> None:
+        async with a_client(engine):
+            assert [heard.text for heard in engine.heard] == [WARM_UP]
+
+    run(scenario())
+    assert np.isfinite(noise(engine.heard[0])).all()

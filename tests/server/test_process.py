@@ -1,0 +1,191 @@
+"""``python -m chatterbox_server`` as systemd runs it: real process, real port, real signals."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.fakes import PATIENCE_S
+
+pytestmark = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+
+ESPEAK_THAT_MAY_HANG = """#!/bin/sh
+# Stands before the real one in PATH, and never answers a request for "hang".
+case "$*" in *--stdin*) ;; *) exec {espeak} "$@" ;; esac
+text=$(cat)
+case "$text" in hang*) exec sleep 600 ;; esac
+printf %s "$text" | {espeak} "$@"
+"""
+
+
+class Instance:
+    """One server process and what it told systemd."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, told: socket.socket) -> None:
+        self.process = process
+        self.url = url
+        self._told = told
+        self.heard: list[str] = []
+
+    def listen(self, timeout_s: float) -> str | None:
+        """The next datagram; ``None`` when none comes in time."""
+        self._told.settimeout(timeout_s)
+        try:
+            message = self._told.recv(4096).decode()
+        except TimeoutError:
+            return None
+        self.heard.append(message)
+        return message
+
+    def wait_told(self, line: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            if line in (self.listen(0.2) or "").splitlines():
+                return
+            if self.process.poll() is not None:
+                break
+        pytest.fail(f"never told {line}: {self.heard}, status {self.process.poll()}")
+
+    def stop(self) -> tuple[int, str]:
+        """End it as systemd does; its exit status and its log."""
+        self.process.send_signal(signal.SIGTERM)
+        _, log = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, log
+
+
+@contextmanager
+def an_instance(tmp_path: Path, **environ: str) -> Iterator[Instance]:
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, socket.socket() as free:
+        told.bind(address)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        process = subprocess.Popen(
+            (sys.executable, "-m", "chatterbox_server"),
+            env=clean_environ()
+            | {"CHATTERBOX_ENGINE": "espeak", "CHATTERBOX_PORT": str(port), "NOTIFY_SOCKET": address}
+            | environ,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield Instance(process, f"http://127.0.0.1:{port}", told)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def clean_environ() -> dict[str, str]:
+    systemds = ("CHATTERBOX_", "NOTIFY_", "WATCHDOG_", "INVOCATION_", "CUDA_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(systemds)}
+
+
+def start_and_fail(**environ: str) -> tuple[int, str]:
+    done = subprocess.run(
+        (sys.executable, "-m", "chatterbox_server"),
+        env=clean_environ() | environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    return done.returncode, done.stderr
+
+
+def test_ready_is_told_when_the_port_answers_and_a_sigterm_finishes_what_was_accepted(tmp_path: Path) -> None:
+    slow = tmp_path / "espeak-ng"
+    # Slow enough that the signal comes in the middle.
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *--stdin*) sleep 1 ;; esac\nexec {shutil.which("espeak-ng")} "$@"\n')
+    slow.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    with (
+        an_instance(tmp_path, PATH=path, INVOCATION_ID="abc", CHATTERBOX_INSTANCE="gpu0") as instance,
+        httpx.Client(base_url=instance.url, timeout=PATIENCE_S) as client,
+    ):
+        instance.wait_told("READY=1")
+        ready = client.get("/readyz").json()
+        assert (ready["instance"], ready["invocation_id"], ready["spoken"]) == ("gpu0", "abc", 1)
+        host, port = instance.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            body = b'{"input": "Hello.", "response_format": "wav"}'
+            head = "POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while not client.get("/readyz").json()["running"]:
+                time.sleep(0.01)
+            status, log = instance.stop()
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 200 OK")
+        assert b"RIFF" in answer
+        assert status == 0
+        assert 'outcome="spoke' in log
+        instance.wait_told("STOPPING=1")
+        with pytest.raises(httpx.ConnectError):
+            client.get("/healthz")
+
+
+def test_watchdog_pings_stop_while_the_engine_hangs(tmp_path: Path) -> None:
+    program = tmp_path / "espeak-ng"
+    program.write_text(ESPEAK_THAT_MAY_HANG.format(espeak=shutil.which("espeak-ng")))
+    program.chmod(0o755)
+    environ = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "WATCHDOG_USEC": "200000",
+        "CHATTERBOX_LONGEST_UTTERANCE_S": "1",
+    }
+    with (
+        an_instance(tmp_path, **environ) as instance,
+        httpx.Client(base_url=instance.url, timeout=PATIENCE_S) as client,
+    ):
+        instance.wait_told("READY=1")
+        instance.wait_told("WATCHDOG=1")
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/audio/speech", json={"input": "hang"}, timeout=0.5)
+        while client.get("/readyz").status_code == 200:
+            time.sleep(0.05)
+        while instance.listen(1.0) is not None:
+            # What was told before, and that it is stuck; pings would come ten times a second, for ever.
+            assert len(instance.heard) < 200
+        assert "STATUS=engine stuck, speaking, 0 waiting, 1 spoken" in instance.heard[-1]
+        assert client.get("/healthz").status_code == 200
+        # Nobody waits for that utterance: stopping does not either.
+        assert instance.stop()[0] == 0
+
+
+def test_a_wrong_environment_is_exit_status_2() -> None:
+    status, said = start_and_fail(CHATTERBOX_PROT="1", CHATTERBOX_ENGINE="espeak")
+    assert status == 2
+    assert (
+        said
+        == """
+cannot start: the environment has 1 problem
+  CHATTERBOX_PROT: unknown name (did you mean 'CHATTERBOX_PORT'?)
+"""[1:]
+    )
+
+
+def test_an_engine_that_cannot_load_is_exit_status_1_and_one_line() -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH="/nowhere")
+    assert status == 1
+    assert said == "ERROR cannot start: cannot find espeak-ng: apt-get install espeak-ng\n"
+
+
+def test_a_port_that_is_taken_is_exit_status_1() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", CHATTERBOX_PORT=port)
+    assert status == 1
+    assert "address already in use" in said

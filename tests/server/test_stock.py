@@ -1,0 +1,364 @@
+"""The real chatterbox-tts classes, small and with random weights, behind the real server."""
+
+import asyncio
+import dataclasses
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from chatterbox_server import engines
+from chatterbox_server.app import warm_up
+from chatterbox_server.engine import EngineError, Refused, Utterance
+from chatterbox_server.engines import stock
+from chatterbox_server.engines.stock import Placement, StockEngine, place
+from chatterbox_server.settings import Settings
+from server.fakes import a_client, an_utterance, run
+
+KINDS = ("chatterbox", "turbo", "multilingual")
+SPEECH = "/v1/audio/speech"
+CPU = Placement("cpu", "cpu")
+
+Build = Callable[..., StockEngine]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`LoRACompatibleLinear` is deprecated:FutureWarning"),  # diffusers 0.29
+    pytest.mark.filterwarnings("ignore:pkg_resources is deprecated"),  # resemble-perth
+    pytest.mark.filterwarnings("ignore:.*slated for removal in Python 3.13:DeprecationWarning"),  # audioread
+]
+
+model = [
+    pytest.mark.model,
+    pytest.mark.skipif(importlib.util.find_spec("chatterbox") is None, reason="needs chatterbox-tts"),
+]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Makes engines around one tiny model of each kind."""
+    # One thread: more of them only wait for each other at this size. The hub cannot be asked here.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    import torch
+
+    torch.set_num_threads(1)
+    spec = importlib.util.spec_from_file_location("tiny_model", Path(__file__).parents[2] / "scripts" / "tiny_model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tiny_model = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_model"] = tiny_model
+    spec.loader.exec_module(tiny_model)
+    models: dict[str, tuple[Any, Any, Any]] = {}
+
+    def build_one(kind: str, **told: Any) -> StockEngine:
+        if kind not in models:
+            made = tiny_model.tiny(kind, tmp_path_factory.mktemp(kind))
+            models[kind] = (made, made.conds, made.s3gen)
+        made, made.conds, made.s3gen = models[kind]
+        return StockEngine(made, kind, **({"placement": CPU} | told))
+
+    return build_one
+
+
+@pytest.fixture(scope="session")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two voices that differ: a low and a high hum with the rhythm of syllables."""
+    directory = tmp_path_factory.mktemp("voices")
+    record(directory / "low.wav", hertz=110)
+    record(directory / "high.wav", hertz=220)
+    return directory
+
+
+def record(path: Path, *, hertz: float, seconds: float = 5.5, rate_hz: int = 24_000) -> None:
+    time_s = np.arange(round(seconds * rate_hz)) / rate_hz
+    hum = sum((np.sin(2 * np.pi * hertz * part * time_s) / part for part in range(1, 12)), np.zeros(time_s.size))
+    soundfile.write(path, 0.15 * hum * (0.55 + 0.45 * np.sin(2 * np.pi * 3.5 * time_s)), rate_hz)
+
+
+def changed(engine: StockEngine, **changes: Any) -> Utterance:
+    """A short utterance with the engine's own sampling, but for ``changes``."""
+    return but(an_utterance("Hello to you.", sampling=engine.defaults), **changes)
+
+
+def but(plain: Utterance, **changes: Any) -> Utterance:
+    """``plain`` but for ``changes``, of which some may be of its sampling."""
+    fields = {field.name for field in dataclasses.fields(Utterance)}
+    sampling = {name: changes.pop(name) for name in tuple(changes) if name not in fields}
+    return dataclasses.replace(plain, **changes, sampling=dataclasses.replace(plain.sampling, **sampling))
+
+
+def heard(engine: StockEngine, plain: Utterance, **changes: Any) -> list[Utterance]:
+    """``plain`` and its changed twin under the first seed that lets them sound different.
+
+    Random weights listen faintly: under many a seed, the same tokens are drawn.
+    """
+    for seed in range(1, 31):
+        twins = [but(plain, seed=seed), but(plain, seed=seed, **changes)]
+        if not same(*map(engine.synthesize, twins)):
+            return twins
+    pytest.fail(f"never heard: {changes}")
+
+
+def same(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    return np.array_equal(one, other)
+
+
+# -- without the package ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "visible_gpus", "expected"),
+    [
+        ("cpu", (), Placement("cpu", "cpu")),
+        ("cpu", ("2", "3"), Placement("cpu", "cpu")),
+        # Inside a unit, the first visible card is always cuda:0, whatever its number outside.
+        ("cuda", (), Placement("cuda:0", "cuda:0")),
+        ("cuda", ("3",), Placement("cuda:0", "cuda:0")),
+        ("cuda", ("2", "3"), Placement("cuda:0", "cuda:1")),
+        ("cuda", ("GPU-8f3c2a1b", "GPU-11112222"), Placement("cuda:0", "cuda:1")),
+    ],
+)
+def test_a_model_is_placed_on_what_it_can_see(device: Any, visible_gpus: tuple[str, ...], expected: Placement) -> None:
+    assert place(device, visible_gpus) == expected
+
+
+def test_three_gpus_are_one_too_many() -> None:
+    with pytest.raises(EngineError, match=r"3 GPUs \(CUDA_VISIBLE_DEVICES=0,1,2\): name one or two"):
+        place("cuda", ("0", "1", "2"))
+
+
+def test_every_kind_of_the_settings_is_known() -> None:
+    kinds = Settings.model_fields["model"].annotation
+    assert getattr(kinds, "__args__", ()) == tuple(stock.KINDS)
+
+
+# -- what can be wrong with a recording -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "problem"),
+    [
+        (np.zeros(240), r"lasts 0\.01 s, and this model needs at least 0\.50 s"),
+        (np.zeros(24_000 * 121), r"lasts 121 s, and at most 120 s are read"),
+        (np.zeros(24_000), "is silent"),
+        (np.full(24_000, np.nan), "has samples that are no number"),
+    ],
+)
+def test_a_recording_that_cannot_serve_says_why(samples: NDArray[np.float64], problem: str, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "anna.wav", samples, 24_000, subtype="FLOAT")
+    with pytest.raises(Refused, match=f"voice anna: the recording {problem}"):
+        stock.check_recording(tmp_path / "anna.wav", shortest_s=0.5)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", os.urandom(1000)])
+def test_a_file_that_is_no_recording_says_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "anna.wav").write_bytes(content)
+    with pytest.raises(Refused, match="voice anna: cannot read the recording: "):
+        stock.check_recording(tmp_path / "anna.wav", shortest_s=0.5)
+
+
+# -- the real classes -------------------------------------------------------------------------------------
+
+
+class TestTheRealClasses:
+    pytestmark = model
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_they_speak_over_http_and_a_seed_repeats_exactly(self, kind: str, build: Build) -> None:
+        async def scenario() -> None:
+            async with a_client(build(kind)) as client:
+                body = {"input": "Hello world.", "response_format": "pcm", "seed": 7}
+                first, again = await client.post(SPEECH, json=body), await client.post(SPEECH, json=body)
+                other = await client.post(SPEECH, json=body | {"seed": 8})
+                assert first.status_code == 200, first.text
+                assert len(first.content) / 2 / 24_000 == pytest.approx(
+                    float(first.headers["x-audio-duration"]), abs=1e-3
+                )
+                assert first.content == again.content
+                assert first.content != other.content
+                assert (await client.get("/readyz")).json()["facts"]["devices"] == {"t3": "cpu", "s3gen": "cpu"}
+
+        run(scenario())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_no_voice_and_no_exaggeration_leaks(self, kind: str, build: Build, recordings: Path) -> None:
+        """The package alone fails this: without a voice it speaks with the last one's."""
+        engine = build(kind)
+        low, high = recordings / "low.wav", recordings / "high.wav"
+        requests = [changed(engine), changed(engine, voice=low), changed(engine, voice=high)]
+        if kind != "turbo":
+            requests += heard(engine, requests[0], exaggeration=0.0) + heard(engine, requests[2], exaggeration=0.0)
+        alone = [build(kind).synthesize(request) for request in requests]
+        assert len({sound.tobytes() for sound in alone}) == len(requests)
+
+        order = [number for number in range(len(requests)) for _ in range(1 if kind == "multilingual" else 3)]
+        random.Random(1).shuffle(order)  # noqa: S311
+        for number in order:
+            assert same(engine.synthesize(requests[number]), alone[number]), (number, order)
+
+    def test_twenty_at_once_get_twenty_right_answers(self, build: Build, recordings: Path) -> None:
+        voices = ("default", "low", "high")
+        bodies = [{"input": f"Go {n}.", "voice": voices[n % 3], "seed": n, "response_format": "pcm"} for n in range(20)]
+
+        async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> bytes:
+            answer = await client.post(SPEECH, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.content
+
+        async def scenario() -> None:
+            told = Settings(queue_size=20, voices_dir=recordings)
+            async with a_client(build("turbo"), told) as client:
+                alone = [await ask(client, body) for body in bodies]
+                assert len(set(alone)) == 20
+                assert await asyncio.gather(*(ask(client, body) for body in bodies)) == alone
+
+        run(scenario())
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_no_guidance_is_a_number_like_any_other(self, kind: str, build: Build) -> None:
+        """``cfg_weight=0`` is a RuntimeError in the package."""
+        engine = build(kind)
+        none = engine.synthesize(changed(engine, cfg_weight=0.0))
+        assert none.size
+        assert same(none, engine.synthesize(changed(engine, cfg_weight=1e-7)))
+        if kind != "turbo":
+            heard(engine, changed(engine, cfg_weight=0.0), cfg_weight=1.0)
+
+    def test_every_parameter_is_heard(self, build: Build) -> None:
+        engine = build("chatterbox")
+        for change in (
+            {"exaggeration": 0.0},
+            {"cfg_weight": 1.0},
+            {"temperature": 2.0},
+            {"min_p": 0.9},
+            {"top_p": 0.05},
+            {"repetition_penalty": 10.0},
+            {"text": "Hello to all of us."},
+        ):
+            heard(engine, changed(engine), **change)
+
+    def test_turbo_is_told_only_what_it_heeds(self, build: Build, caplog: pytest.LogCaptureFixture) -> None:
+        engine = build("turbo")
+        plain = engine.synthesize(changed(engine))
+        for parameter in ("exaggeration", "cfg_weight", "min_p"):
+            assert same(plain, engine.synthesize(changed(engine, **{parameter: 0.3}))), parameter
+        assert not same(plain, engine.synthesize(changed(engine, top_k=1)))
+        assert "not supported by Turbo" not in caplog.text
+
+    def test_multilingual_leaves_no_hooks_behind(self, build: Build) -> None:
+        engine = build("multilingual")
+        layers = engine._chatterbox.t3.tfmr.layers
+        engine.synthesize(changed(engine, language="fr"))
+        assert sum(len(layer.self_attn._forward_hooks) for layer in layers) == 0
+        heard(engine, changed(engine), language="fr")
+
+    def test_split_over_two_devices_it_sounds_the_same(self, build: Build, recordings: Path) -> None:
+        """Both are the CPU here; the detour through ``Elsewhere`` is the one that two GPUs take."""
+        together = build("chatterbox")
+        requests = [changed(together), changed(together, voice=recordings / "low.wav")]
+        sounds = [together.synthesize(request) for request in requests]
+        apart = build("chatterbox", placement=Placement("cpu", "cpu:0"))
+        assert isinstance(apart._chatterbox.s3gen, stock.Elsewhere)
+        for request, sound in zip(requests, sounds, strict=True):
+            assert same(apart.synthesize(request), sound)
+
+    def test_everything_that_enters_s3gen_is_brought_to_its_device(self, build: Build) -> None:
+        """With S3Gen on a device without memory: anything left behind on the CPU would mix the two and raise."""
+        import torch
+
+        class Meta(torch.nn.Module):  # type: ignore[misc,unused-ignore]
+            def inference(self, speech_tokens: Any, ref_dict: Any) -> Any:
+                return speech_tokens + 1, ref_dict
+
+            def embed_ref(self, ref_wav: Any, ref_sr: int, device: str) -> Any:
+                return torch.as_tensor(ref_wav, device=device) * ref_sr
+
+        elsewhere = stock.Elsewhere(Meta(), "meta")
+        tokens, _ = elsewhere.inference(torch.ones(3), ref_dict={})
+        assert tokens.device.type == "meta"
+        assert elsewhere.embed_ref(np.ones(3), 24_000, device="cpu").device.type == "meta"
+
+    def test_only_so_many_voices_are_kept_and_a_changed_file_is_heard_again(self, build: Build, tmp_path: Path) -> None:
+        engine = build("turbo", voices_kept=2)
+        sounds = []
+        for hertz in (110, 180, 250):
+            record(tmp_path / f"{hertz}.wav", hertz=hertz)
+            sounds.append(engine.synthesize(changed(engine, voice=tmp_path / f"{hertz}.wav")))
+            assert engine.facts()["voices_kept"] == min(len(sounds), 2)
+        # Forgotten, not lost.
+        assert same(engine.synthesize(changed(engine, voice=tmp_path / "110.wav")), sounds[0])
+        record(tmp_path / "110.wav", hertz=250)
+        assert same(engine.synthesize(changed(engine, voice=tmp_path / "110.wav")), sounds[2])
+
+    def test_a_bad_recording_is_the_callers_and_the_next_request_is_fine(self, build: Build, tmp_path: Path) -> None:
+        record(tmp_path / "short.wav", hertz=110, seconds=3)
+        (tmp_path / "noise.wav").write_bytes(os.urandom(1000))
+
+        async def scenario() -> None:
+            async with a_client(build("turbo"), Settings(voices_dir=tmp_path)) as client:
+                body = {"input": "Hi.", "response_format": "pcm", "seed": 1}
+                before = await client.post(SPEECH, json=body)
+                for name, words in (("short", "needs at least 5.01 s"), ("noise", "cannot read the recording")):
+                    answer = await client.post(SPEECH, json=body | {"voice": name})
+                    assert answer.status_code == 400
+                    assert words in answer.json()["error"]["message"]
+                    assert answer.json()["error"]["param"] == "voice"
+                assert (await client.post(SPEECH, json=body)).content == before.content
+
+        run(scenario())
+
+    def test_a_checkpoint_without_a_voice_is_refused_at_once(self, build: Build) -> None:
+        made = build("turbo")._chatterbox
+        made.conds = None
+        with pytest.raises(EngineError, match=r"cannot speak without a built-in voice: memory has no conds\.pt"):
+            StockEngine(made, "turbo", placement=CPU)
+
+    def test_too_much_text_says_which_limit_and_why(self, build: Build) -> None:
+        async def scenario() -> str:
+            async with a_client(build("turbo")) as client:
+                answer = await client.post(SPEECH, json={"input": "x" * 501})
+                assert answer.status_code == 400
+                return str(answer.json()["error"]["message"])
+
+        assert run(scenario()) == (
+            "input has 501 characters, and turbo accepts 500 in one request: the model stops silently after"
+            " 40 s of sound (1000 tokens), and this server does not split text into sentences yet"
+        )
+
+    def test_loading_says_what_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import perth
+        import torch
+
+        nowhere = Settings(device="cpu", weights=tmp_path / "nowhere")
+        with pytest.raises(EngineError, match=r"CHATTERBOX_WEIGHTS=.*nowhere is not a directory"):
+            engines.load(nowhere)
+        with pytest.raises(EngineError, match=f"cannot load chatterbox from {tmp_path}: FileNotFoundError"):
+            engines.load(Settings(device="cpu", weights=tmp_path))
+        if not torch.cuda.is_available():
+            with pytest.raises(EngineError, match=r"cannot find a CUDA GPU \(CUDA_VISIBLE_DEVICES: 7; torch"):
+                engines.load(Settings(visible_gpus=("7",)))
+        # What perth does by itself where pkg_resources is missing.
+        monkeypatch.setattr(perth, "PerthImplicitWatermarker", None)
+        with pytest.raises(EngineError, match="pip install 'setuptools<82'"):
+            engines.load(nowhere)
+
+    def test_what_torch_was_told_is_what_it_says(self, tmp_path: Path, build: Build) -> None:
+        for asked in (True, False):
+            with pytest.raises(EngineError):
+                engines.load(Settings(device="cpu", weights=tmp_path / "no", tf32=asked, cudnn_benchmark=asked))
+            facts = build("turbo").facts()
+            assert facts["tf32"] == {"matmul": asked, "cudnn": asked}
+            assert facts["cudnn_benchmark"] is asked
+            assert facts["cudnn_deterministic"] is False
+
+    def test_the_warm_up_is_an_utterance_like_any_other(self, build: Build) -> None:
+        engine = build("chatterbox")
+        assert same(engine.synthesize(warm_up(engine)), engine.synthesize(warm_up(engine)))

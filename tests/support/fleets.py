@@ -1,0 +1,141 @@
+"""Hypothesis strategies of fleet files: valid ones, and ones with anything in them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import DrawFn
+
+_HEX = "0123456789abcdef"
+_WORDS = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, categories=["L", "N", "P", "S"]), max_size=12)
+_PATHS = st.lists(st.text("abzAZ09._+@:=,~-", min_size=1, max_size=8), min_size=1, max_size=4).map(
+    lambda parts: "/" + "/".join(part if part.strip(".") else "x" for part in parts)
+)
+
+_PROGRAMS = _PATHS.map(lambda path: f"/programs{path}")
+
+
+@st.composite
+def uuids(draw: DrawFn) -> str:
+    groups = (draw(st.text(_HEX, min_size=size, max_size=size)) for size in (8, 4, 4, 4, 12))
+    return f"{draw(st.sampled_from(['GPU', 'MIG']))}-{'-'.join(groups)}"
+
+
+@st.composite
+def gpu_tables(draw: DrawFn) -> dict[str, int | list[int]]:
+    """``[gpus]``: up to eight GPUs, alone or in pairs, one or several instances each; no port twice."""
+    gpus = draw(st.lists(st.integers(0, 15).map(str) | uuids(), min_size=1, max_size=8, unique=True))
+    keys: list[str] = []
+    while gpus:
+        size = draw(st.integers(1, min(2, len(gpus))))
+        keys.append(",".join(gpus[:size]))
+        del gpus[:size]
+    counts = [draw(st.integers(1, 3)) for _ in keys]
+    ports = draw(st.lists(st.integers(1024, 65535), min_size=sum(counts), max_size=sum(counts), unique=True))
+    table: dict[str, int | list[int]] = {}
+    for key, count in zip(keys, counts, strict=True):
+        mine, ports = ports[:count], ports[count:]
+        table[key] = mine[0] if count == 1 and draw(st.booleans()) else mine
+    return table
+
+
+_OUR_SERVER = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.sampled_from(["chatterbox", "turbo", "multilingual"]),
+        "engine": st.sampled_from(["stock", "espeak"]),
+        "python": _PROGRAMS,
+        "weights": _PATHS,
+        "device": st.sampled_from(["cuda", "cpu"]),
+        "tf32": st.booleans(),
+        "cudnn_benchmark": st.booleans(),
+        "autocast": st.sampled_from(["off", "fp16", "bf16"]),
+        "queue_size": st.integers(0, 1000),
+        "max_wait_s": st.integers(1, 3600),
+        "longest_utterance_s": st.integers(1, 3600),
+        "cpu_threads": st.integers(1, 256),
+        "environment": st.dictionaries(st.sampled_from(["HF_ENDPOINT", "LC_ALL", "X_1"]), _WORDS),
+    },
+).filter(lambda server: server.get("device") != "cpu" or server.get("autocast", "off") == "off")
+_OTHER_SERVER = st.fixed_dictionaries(
+    {
+        "command": st.tuples(
+            _PROGRAMS, st.lists(_WORDS.map(lambda word: word.replace("{", "{{").replace("}", "}}")), max_size=3)
+        ).map(lambda parts: [parts[0], *parts[1], "--port={port}"])
+    },
+    optional={"directory": _PATHS, "cpu_threads": st.integers(1, 256)},
+)
+_UNIT = st.fixed_dictionaries(
+    {},
+    optional={
+        "user": st.sampled_from(["chatterbox", "www-data", "_tts"]),
+        "start_timeout_s": st.integers(10, 7200),
+        "watchdog_s": st.integers(5, 3600),
+        "restart_delay_s": st.integers(1, 3600),
+        "restart_limit": st.integers(1, 1000),
+    },
+)
+
+
+@st.composite
+def fleet_tables(draw: DrawFn) -> dict[str, Any]:
+    """A valid fleet file as a table."""
+    gpus = draw(gpu_tables())
+    taken = {port for ports in gpus.values() for port in (ports if isinstance(ports, list) else [ports])}
+    table: dict[str, Any] = {"gpus": gpus}
+    if draw(st.booleans()):
+        address, public = draw(st.sampled_from([("127.0.0.1", False), ("[::1]", False), ("0.0.0.0", True)]))
+        port = draw(st.integers(1, 65535).filter(lambda port: port not in taken))
+        table["nginx"] = {"listen": f"{address}:{port}", "max_upload_mb": draw(st.integers(1, 1024))}
+        if public or draw(st.booleans()):
+            table["nginx"] |= draw(
+                st.sampled_from([{"allow_anonymous": True}, {"api_keys_file": "/etc/chatterbox-tts/api-keys"}])
+            )
+    elif 6095 in taken:
+        table["nginx"] = {"listen": "127.0.0.2:80"}
+    if draw(st.booleans()):
+        table["server"] = draw(_OUR_SERVER | _OTHER_SERVER)
+    if draw(st.booleans()):
+        table["unit"] = draw(_UNIT)
+    return table
+
+
+def to_toml(table: dict[str, Any]) -> str:
+    """``table`` as TOML; JSON's strings, numbers, booleans and lists are TOML's too."""
+    lines: list[str] = []
+    for section, values in table.items():
+        lines.append(f"[{section}]")
+        lines += [f"{json.dumps(key)} = {_value(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_value(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+_ANYTHING = st.recursive(
+    st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def broken_tables(draw: DrawFn) -> dict[str, Any]:
+    """A valid fleet file in which one value or key was replaced by anything; it may still be valid."""
+    table = draw(fleet_tables())
+    section = draw(st.sampled_from(sorted(table)))
+    key = draw(
+        st.sampled_from([*table[section], "listen", "model", "user", "0", "99", "1,1", "GPU-1"]) | st.text(max_size=8)
+    )
+    table[section] = {**table[section], key: draw(_ANYTHING)}
+    return table
