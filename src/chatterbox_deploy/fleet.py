@@ -78,6 +78,9 @@ class Front:
     keepalive_connections: int
     """Idle connections each nginx worker keeps to the instances; 0 where the server may close them first."""
 
+    passes: int
+    """Instances that one request may be offered to in turn: all of them, small fleets twice; 9 is nginx's limit."""
+
     api_keys_file: str | None
 
 
@@ -135,6 +138,7 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             read_timeout_s=answer_s + MARGIN_S,
             # Our server keeps idle connections for longer than nginx does; of another one we cannot know.
             keepalive_connections=2 * len(names) if ours else 0,
+            passes=min(9, 2 * len(names)),
             api_keys_file=nginx.api_keys_file,
         ),
         service=Service(

@@ -31,6 +31,7 @@ def render(
         max_upload_mb=max_upload_mb,
         read_timeout_s=read_timeout_s,
         keepalive_connections=keepalive_connections,
+        passes=min(9, 2 * len(ports)),
         api_keys_file=None if api_keys_file is None else str(api_keys_file),
     )
     instances = tuple(
