@@ -70,6 +70,10 @@ def split_listen(listen: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Add
         ValueError: not an IP address (IPv6 in brackets), or a port outside 1..65535.
     """
     host, _, port_text = listen.rpartition(":")
+    if "%" in host:
+        # A zone (fe80::1%eth0) may hold any text at all, and nginx listens on none.
+        msg = f"an address with a zone: {host}"
+        raise ValueError(msg)
     bracketed = host.startswith("[") and host.endswith("]")
     address = ipaddress.IPv6Address(host[1:-1]) if bracketed else ipaddress.IPv4Address(host)
     if not re.fullmatch(r"[1-9][0-9]{0,4}", port_text) or int(port_text) > 65535:
@@ -81,17 +85,22 @@ def split_listen(listen: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Add
 def _argument(value: str) -> str:
     """One argument of ``server.command``; ``{port}`` and ``{host}`` are filled in, ``{{`` is a brace."""
     _printable(value)
-    try:
-        fields = [part[1:] for part in string.Formatter().parse(value) if part[1] is not None]
-    except ValueError:
-        fields = [("", "", None)]
-    if any(field not in {("port", "", None), ("host", "", None)} for field in fields):
+    if not _placeholders(value) <= {"port", "host"}:
         raise PydanticCustomError(
             "placeholder",
             "may hold only {placeholders}; write a plain brace twice",
             {"placeholders": "{port} and {host}"},
         )
     return value
+
+
+def _placeholders(argument: str) -> set[str]:
+    """Names in braces; ``""`` stands for anything that is more than a name, or not closed."""
+    try:
+        parts = list(string.Formatter().parse(argument))
+    except ValueError:
+        return {""}
+    return {"" if spec or conversion else name for _, name, spec, conversion in parts if name is not None}
 
 
 def _variable_name(value: str) -> str:
@@ -132,7 +141,7 @@ class NginxConfig(_Strict):
     """Address and port of the front. Anything but loopback also needs api_keys_file or allow_anonymous."""
 
     api_keys_file: AbsolutePath | None = None
-    """File of the keys that may speak, one `"Bearer KEY" NAME;` a line; NAME appears in the access log."""
+    """File of the keys that may speak, one `"~^Bearer KEY$" NAME;` a line; NAME appears in the access log."""
 
     allow_anonymous: bool = False
     """Serve other machines without asking for a key."""
@@ -206,7 +215,7 @@ class UnitConfig(_Strict):
     """Seconds between a crash and the next start."""
 
     restart_limit: Annotated[int, Field(ge=1, le=1000)] = 10
-    """Crashes in a row after which systemd leaves an instance down, for an operator to look at."""
+    """Starts that fail within about a minute each, one after the other, until systemd leaves an instance down."""
 
 
 class FleetConfig(_Strict):
@@ -261,7 +270,18 @@ def _gpu_conflicts(config: FleetConfig) -> list[str]:
                 hint = "" if gpu_owner[gpu] == key else "; to share a GPU give it a list of ports"
                 problems.append(f"gpus.{key}: GPU {gpu} is already used by gpus.{gpu_owner[gpu]}{hint}")
             gpu_owner.setdefault(gpu, key)
+        problems.extend(_pair_conflicts(key))
     return problems
+
+
+def _pair_conflicts(key: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES does not take (CUDA C++ Programming Guide; MIG User Guide, "CUDA visible devices")."""
+    gpus = key.split(",")
+    if len(gpus) == 2 and any(gpu.startswith("MIG-") for gpu in gpus):
+        return [f"gpus.{key}: CUDA shows a process one MIG device; name whole GPUs"]
+    if len({gpu.isdigit() for gpu in gpus}) == 2:
+        return [f"gpus.{key}: name both GPUs by index or both by UUID"]
+    return []
 
 
 def _listen_conflicts(config: FleetConfig) -> list[str]:
@@ -289,7 +309,7 @@ def _command_conflicts(server: ServerConfig) -> list[str]:
     ]
     if not server.command[0].startswith("/"):
         problems.append(f"server.command: should begin with an absolute path, got {server.command[0]!r}")
-    if not any("{port}" in argument for argument in server.command):
+    if not any("port" in _placeholders(argument) for argument in server.command):
         problems.append(
             "server.command: should hold {port}, or every instance takes the same one"
             " (for a server that reads a variable: ['/usr/bin/env', 'PORT={port}', …])"
@@ -314,6 +334,9 @@ def load(text: str, *, source: str) -> FleetConfig:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FleetFileError(source, [_syntax_problem(text, str(error))]) from None
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits, thousands of brackets.
+        raise FleetFileError(source, [f"cannot be read as TOML: {error}"]) from None
     try:
         config = FleetConfig.model_validate(raw)
     except ValidationError as error:
@@ -345,23 +368,32 @@ def _field_problem(detail: dict[str, Any]) -> str:
         location.pop()
         if location[0] == "gpus":
             return (
-                f"{'.'.join(location)}: should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, "
+                f"{_printed('.'.join(location))}: should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, "
                 "or two of them ('2,3')"
             )
-    key = ".".join(location)
+    key = _printed(".".join(location))
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7) or [
-            known for known in KNOWN_KEYS if known.rpartition(".")[2] == location[-1]
+        known_keys = [known for known in KNOWN_KEYS if "." in known or "." not in key]
+        near = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.7) or [
+            known for known in known_keys if known.rpartition(".")[2] == location[-1]
         ]
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     if detail["type"] == "missing":
         return f"{key}: missing; for one server on GPU 0 write\n    [{key}]\n    0 = 6093"
-    message = str(detail["msg"])
+    message = "should be a table" if detail["type"] in {"dict_type", "model_type"} else str(detail["msg"])
     return f"{key}: {message[:1].lower()}{message[1:]}, got {_shortened(detail['input'])}"
 
 
+def _printed(key: str) -> str:
+    """The key as it was written, unless that could write to the terminal by itself."""
+    return key if key.isprintable() and key else repr(key)
+
+
 def _shortened(value: object) -> str:
-    said = repr(value)
+    try:
+        said = repr(value)
+    except (RecursionError, ValueError):
+        said = "…"
     return said if len(said) <= 80 else f"{said[:77]}…"
 
 

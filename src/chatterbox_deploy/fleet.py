@@ -22,6 +22,10 @@ MARGIN_S = 10
 """Seconds by which an outer timeout exceeds the inner ones, so that the inner one answers first."""
 
 
+QUICK_FAILURE_S = 60
+"""A start that fails sooner is part of a crash loop; a slower one is tried for ever. Importing torch takes 10-37 s."""
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Directories of one installation."""
@@ -78,9 +82,6 @@ class Front:
     keepalive_connections: int
     """Idle connections each nginx worker keeps to the instances; 0 where the server may close them first."""
 
-    passes: int
-    """Instances that one request may be offered to in turn: all of them, small fleets twice; 9 is nginx's limit."""
-
     api_keys_file: str | None
 
 
@@ -100,12 +101,16 @@ class Service:
     restart_delay_s: int
     restart_limit: int
     restart_window_s: int
-    """Seconds in which ``restart_limit`` starts count as a crash loop, however slowly each one fails."""
+    """Seconds in which ``restart_limit`` starts, by hand too, count as a crash loop.
+
+    Short enough that a request now and then that kills its server never adds up to one.
+    """
 
     directory: str | None
     offline: bool
     """Whether the server needs nothing from the network: its weights lie on this machine, or it has none."""
 
+    uses_gpu: bool
     config_error_status: int | None
     """Exit status after which a restart cannot help."""
 
@@ -138,7 +143,6 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             read_timeout_s=answer_s + MARGIN_S,
             # Our server keeps idle connections for longer than nginx does; of another one we cannot know.
             keepalive_connections=2 * len(names) if ours else 0,
-            passes=min(9, 2 * len(names)),
             api_keys_file=nginx.api_keys_file,
         ),
         service=Service(
@@ -149,9 +153,10 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             watchdog_s=unit.watchdog_s,
             restart_delay_s=unit.restart_delay_s,
             restart_limit=unit.restart_limit,
-            restart_window_s=(unit.start_timeout_s + unit.restart_delay_s) * unit.restart_limit,
+            restart_window_s=(QUICK_FAILURE_S + unit.restart_delay_s) * unit.restart_limit,
             directory=server.directory,
             offline=ours and (server.weights is not None or server.engine == "espeak"),
+            uses_gpu=not ours or (server.engine != "espeak" and server.device == "cuda"),
             config_error_status=2 if ours else None,
         ),
         places=places,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class Host(Protocol):
     """A machine that holds a fleet, seen through absolute paths."""
 
-    def read_text(self, path: PurePosixPath) -> str | None:
-        """Text of a file (undecodable bytes replaced), or ``None`` if there is none.
+    def read_bytes(self, path: PurePosixPath) -> bytes | None:
+        """Contents of a regular file, or ``None`` if there is none.
 
         Raises:
             CommandFailed: it is there and cannot be read.
@@ -51,11 +52,15 @@ class LocalHost:
         """Where an absolute path of the host lies on this machine."""
         return self._root / path.relative_to("/")
 
-    def read_text(self, path: PurePosixPath) -> str | None:
+    def read_bytes(self, path: PurePosixPath) -> bytes | None:
         """See ``Host``."""
         try:
-            return self.at(path).read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
+            # Not a FIFO, which would make us wait for a writer, nor the /dev/null of a masked unit.
+            if not stat.S_ISREG(self.at(path).stat().st_mode):
+                msg = f"cannot read {self.at(path)}: not a regular file"
+                raise CommandFailed(msg)
+            return self.at(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise _failed("read", self.at(path), error) from None

@@ -19,8 +19,10 @@ def files(host: Host, wanted: Iterable[RenderedFile]) -> dict[PurePosixPath, str
     """Text of every file that is wanted, or that has a name we give to files; whoever wrote it."""
     paths = chain(
         (file.path for file in wanted),
-        host.glob(render.UNIT_DIR, "chatterbox-tts*"),
-        host.glob(render.FRONT_PATH.parent, "chatterbox-tts*"),
+        host.glob(render.UNIT_DIR, "chatterbox-tts*.service"),
+        host.glob(render.UNIT_DIR, "chatterbox-tts*.target"),
+        host.glob(render.FRONT_PATH.parent, "chatterbox-tts*.conf"),
     )
-    texts = {path: host.read_text(path) for path in paths}
-    return {path: text for path, text in texts.items() if text is not None}
+    contents = {path: host.read_bytes(path) for path in paths}
+    # Whoever wrote bytes that are no text, it was not us.
+    return {path: content.decode(errors="replace") for path, content in contents.items() if content is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
-    import signal
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
@@ -29,11 +29,14 @@ class Process:
         self._reader = reader
 
     async def wait(self) -> int:
-        """Its exit status once it has ended and its output was read; -N if signal N ended it."""
+        """Its exit status once it has ended and its output was read; -N if signal N ended it.
+
+        What it started itself ends with it: a worker left behind would keep the port and the GPU.
+        """
         status = await self._inner.wait()
-        # A grandchild may hold the pipe open for ever: what it still says is not waited for.
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._reader, timeout=1)
+        with suppress(ProcessLookupError):
+            os.killpg(self._inner.pid, signal.SIGKILL)
+        await self._reader
         return status
 
     def send(self, number: signal.Signals) -> None:
@@ -57,34 +60,49 @@ async def start(
     # Should we be killed outright, the kernel ends the child (setpriv(1)): no orphan keeps the port and the GPU.
     leash = ("setpriv", "--pdeathsig", "TERM", "--") if shutil.which("setpriv") else ()
     if not shutil.which(argv[0]):
-        msg = f"cannot run {argv[0]}: no such program"
+        msg = f"cannot run {argv[0]}: no such program, or it is not executable"
         raise CommandFailed(msg)
-    inner = await asyncio.create_subprocess_exec(
-        *leash,
-        *argv,
-        env=environment,
-        cwd=directory,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        start_new_session=True,
-        limit=LINE_LIMIT_BYTES,
-    )
-    assert inner.stdout is not None  # noqa: S101  it is a pipe
-    return Process(inner, asyncio.create_task(_read_lines(inner.stdout, on_line)))
+    # A pipe of our own: asyncio's would have wait() wait for every grandchild that holds its other end.
+    ours, theirs = os.pipe()
+    try:
+        inner = await asyncio.create_subprocess_exec(
+            *leash,
+            *argv,
+            env=environment,
+            cwd=directory,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(ours)
+        msg = f"cannot run {argv[0]}: {error.strerror}: {error.filename or directory or argv[0]}"
+        raise CommandFailed(msg) from None
+    finally:
+        os.close(theirs)
+    stream = asyncio.StreamReader(limit=LINE_LIMIT_BYTES)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(ours, "rb"))
+    return Process(inner, asyncio.create_task(_read_lines(stream, transport, on_line)))
 
 
-async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
-    while True:
-        try:
-            line = await stream.readuntil(b"\n")
-        except asyncio.IncompleteReadError as error:
-            if not error.partial:
-                return
-            line = error.partial
-        except asyncio.LimitOverrunError as error:
-            line = await stream.readexactly(error.consumed)
-        on_line(line.decode(errors="replace").rstrip("\r\n"))
+async def _read_lines(
+    stream: asyncio.StreamReader, transport: asyncio.BaseTransport, on_line: Callable[[str], None]
+) -> None:
+    try:
+        while True:
+            try:
+                line = await stream.readuntil(b"\n")
+            except asyncio.IncompleteReadError as error:
+                if not error.partial:
+                    return
+                line = error.partial
+            except asyncio.LimitOverrunError as error:
+                line = await stream.readexactly(error.consumed)
+            on_line(line.decode(errors="replace").rstrip("\r\n"))
+    finally:
+        transport.close()
 
 
 class NotifySocket:
@@ -108,6 +126,19 @@ class NotifySocket:
         """Stop listening."""
         asyncio.get_running_loop().remove_reader(self._socket)
         self._socket.close()
+
+
+def refuses_to_bind(host: str, port: int) -> str | None:
+    """Why a server of ours could not listen there now; ``None`` if it could."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            return (error.strerror or str(error)).lower()
+    return None
 
 
 async def accepts(host: str, port: int) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import __version__, systemd
+from chatterbox_deploy import __version__, nginx, systemd
 
 if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
@@ -56,19 +56,28 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
         "protect_home": systemd.protect_home(fleet),
         "target": systemd.TARGET,
         "front_unit": systemd.FRONT_UNIT,
+        "nodes_unit": systemd.NODES_UNIT,
         "units": [systemd.unit_name(instance.name) for instance in fleet.instances],
     }
     texts = {
         UNIT_DIR / systemd.TARGET: templates.fill_in("units/chatterbox-tts.target.j2", common),
         UNIT_DIR / systemd.FRONT_UNIT: templates.fill_in("units/chatterbox-tts-nginx.service.j2", common),
-        FRONT_PATH: templates.fill_in(FRONT_TEMPLATE, common),
+        FRONT_PATH: front(fleet, templates, source=source),
     }
+    if fleet.service.uses_gpu:
+        texts[UNIT_DIR / systemd.NODES_UNIT] = templates.fill_in("units/chatterbox-tts-gpu-nodes.service.j2", common)
     for instance in fleet.instances:
         unit = systemd.unit_name(instance.name)
         texts[UNIT_DIR / unit] = templates.fill_in(
             "units/chatterbox-tts-instance.service.j2", {**common, "instance": instance, "unit": unit}
         )
     return tuple(RenderedFile(path, texts[path]) for path in sorted(texts))
+
+
+def front(fleet: Fleet, templates: Templates, *, source: str) -> str:
+    """nginx's file for the front, which any nginx can include."""
+    values = {"header": header(source), "fleet": fleet, "redirects": nginx.passes(len(fleet.instances)) - 1}
+    return templates.fill_in(FRONT_TEMPLATE, values)
 
 
 def render_foreground(
@@ -84,5 +93,7 @@ def render_foreground(
         "nginx/foreground.conf.j2",
         {**common, "prefix": str(prefix), "front_path": str(front_path), "worker_user": worker_user},
     )
-    front = templates.fill_in(FRONT_TEMPLATE, common)
-    return RenderedFile(prefix / "nginx.conf", main), RenderedFile(front_path, front)
+    return (
+        RenderedFile(prefix / "nginx.conf", main),
+        RenderedFile(front_path, front(fleet, templates, source=source)),
+    )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TARGET = "chatterbox-tts.target"
 FRONT_UNIT = "chatterbox-tts-nginx.service"
+NODES_UNIT = "chatterbox-tts-gpu-nodes.service"
 
 _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z0-9_=./:,@+~-]+")
 _HOMES = ("/home/", "/root/", "/run/user/")
@@ -37,5 +38,9 @@ def quote_command(argv: Sequence[str]) -> str:
 
 def protect_home(fleet: Fleet) -> Literal["yes", "read-only"]:
     """``read-only`` if the fleet runs or reads something below a home directory, else the homes are hidden."""
-    words = [word for instance in fleet.instances for word in (*instance.command, *instance.environment.values())]
-    return "read-only" if any(word.startswith(_HOMES) for word in words) else "yes"
+    words = [fleet.service.directory or ""]
+    for instance in fleet.instances:
+        words += [*instance.command, *instance.environment.values()]
+    # After "=" as well: --config=/home/…
+    paths = [path for word in words for path in (word, word.partition("=")[2])]
+    return "read-only" if any(f"{path}/".startswith(_HOMES) for path in paths) else "yes"

@@ -52,13 +52,20 @@ class Templates:
             TemplateError: the template is missing, is not Jinja, or asks for a value that does not exist.
         """
         try:
-            return self._environment.get_template(name).render(values)
+            text = self._environment.get_template(name).render(values)
+            # A lone surrogate could not be written.
+            text.encode()
         except jinja2.TemplateNotFound as error:
             msg = f"cannot find template {error.name}"
             raise TemplateError(msg) from None
         except jinja2.TemplateSyntaxError as error:
             msg = f"cannot read template {error.filename or name}, line {error.lineno}: {error.message}"
             raise TemplateError(msg) from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except OSError as error:
+            msg = f"cannot read template {name}: {error.strerror}"
+            raise TemplateError(msg) from None
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             msg = f"cannot fill in template {name}: {error}"
             raise TemplateError(msg) from None
+        else:
+            return text

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from chatterbox_deploy import process
+from chatterbox_deploy import config, process
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -46,11 +46,12 @@ class Foreground:
 
 
 async def run(fleet: Fleet, foreground: Foreground, tell: Tell) -> None:
-    """Start everything, and end it in order on SIGINT or SIGTERM; a second signal ends it at once.
+    """Start everything, and end it in order on SIGINT, SIGTERM or SIGHUP; a second signal ends it at once.
 
     Raises:
-        CommandFailed: nginx refuses its configuration or ends, or no instance is left.
+        CommandFailed: a port is taken, nginx refuses its configuration or ends, or no instance is left.
     """
+    _check_ports(fleet)
     await _check_front(foreground, tell)
     ending = _Ending()
     # Set only once the front has ended: until then every request it accepted finds its instance alive.
@@ -93,20 +94,24 @@ async def run(fleet: Fleet, foreground: Foreground, tell: Tell) -> None:
 
 
 class _Ending:
-    """SIGINT or SIGTERM: once asks, twice insists."""
+    """A signal to end: once asks, twice insists."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.insisted = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._signal)
 
     def _signal(self) -> None:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
     def close(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
+            # All is ended; a signal more would only spoil the exit status.
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _front_argv(foreground: Foreground) -> tuple[str, ...]:
@@ -120,6 +125,16 @@ def _front_argv(foreground: Foreground) -> tuple[str, ...]:
         "-c",
         str(foreground.nginx_conf),
     )
+
+
+def _check_ports(fleet: Fleet) -> None:
+    """Say at once what is taken: nginx tries for seconds, and whoever sits there would answer in our name."""
+    address, port = config.split_listen(fleet.front.listen)
+    wanted = [(str(address), port), *((instance.host, instance.port) for instance in fleet.instances)]
+    taken = [f"\n  {host}:{port}: {reason}" for host, port in wanted if (reason := process.refuses_to_bind(host, port))]
+    if taken:
+        msg = f"cannot listen where the fleet file says; `ss -ltnp` shows who does:{''.join(taken)}"
+        raise CommandFailed(msg)
 
 
 async def _check_front(foreground: Foreground, tell: Tell) -> None:
@@ -152,7 +167,11 @@ class _Keeper:
         loop = asyncio.get_running_loop()
         while not self.stop.is_set():
             starts = [start for start in starts if start > loop.time() - service.restart_window_s] + [loop.time()]
-            status = await self._run_once()
+            try:
+                status = await self._run_once()
+            except CommandFailed as error:
+                self.tell(name, f"{error}; left down")
+                return
             self.ready.clear()
             if self.stop.is_set():
                 return

@@ -25,7 +25,7 @@ class UnknownVoice(Exception):
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
-        super().__init__(f"unknown voice {name!r}{hint}; known: {', '.join(known)}")
+        super().__init__(f"unknown voice {name[:64]!r}{hint}; known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,8 @@ class Library:
         """Files that name a voice, the preferred extension of each name last."""
         try:
             paths = sorted(self.directory.iterdir()) if self.directory is not None else []
-        except (FileNotFoundError, NotADirectoryError):
-            # Not made yet: a fresh machine has only the built-in voice.
+        except OSError:
+            # Not made yet, or not for us to read: the built-in voice speaks all the same.
             return
         for extension in reversed(EXTENSIONS):
             for path in paths:

@@ -31,12 +31,11 @@ def render(
         max_upload_mb=max_upload_mb,
         read_timeout_s=read_timeout_s,
         keepalive_connections=keepalive_connections,
-        passes=min(9, 2 * len(ports)),
         api_keys_file=None if api_keys_file is None else str(api_keys_file),
     )
     instances = tuple(
         Instance(name=name, gpus=("0",), host="127.0.0.1", port=port, command=("server",), environment={})
         for name, port in ports.items()
     )
-    values = {"header": renderer.header("fleet.toml"), "fleet": SimpleNamespace(front=front, instances=instances)}
-    return Templates().fill_in(renderer.FRONT_TEMPLATE, values)
+    laboratory = SimpleNamespace(front=front, instances=instances)
+    return renderer.front(laboratory, Templates(), source="fleet.toml")  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def in_background(coroutine: Coroutine[Any, Any, list[Reply]]) -> asyncio.Task[l
 
 def is_busy(reply: Reply) -> bool:
     """Whether the client is told to come back, and when."""
-    return error(reply) == (503, "queue_full") and reply.header("Retry-After") in {"7", "1"}
+    return error(reply) == (503, "unavailable") and reply.header("Retry-After") in {"7", "1"}
 
 
 def error(reply: Reply) -> tuple[int, str]:

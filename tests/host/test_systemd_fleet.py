@@ -185,7 +185,9 @@ def test_stopping_the_target_stops_every_instance_and_starting_it_brings_them_ba
 
 
 def test_a_reboot_brings_the_fleet_back(fleet: Sandbox) -> None:
+    first_boot = fleet.run("systemctl", "show", "--value", "--property=UserspaceTimestamp")
     fleet.reboot()
+    assert fleet.run("systemctl", "show", "--value", "--property=UserspaceTimestamp") != first_boot
     both_ready(fleet)
 
     outcomes, instances = load(fleet, 20, 2)

@@ -39,6 +39,7 @@ def test_render_writes_units_and_front_and_says_so(here: Path) -> None:
     assert result.stdout == ""
     assert result.stderr == (
         "wrote  rendered/etc/nginx/conf.d/chatterbox-tts.conf (new)\n"
+        "wrote  rendered/etc/systemd/system/chatterbox-tts-gpu-nodes.service (new)\n"
         "wrote  rendered/etc/systemd/system/chatterbox-tts-gpu0.service (new)\n"
         "wrote  rendered/etc/systemd/system/chatterbox-tts-gpu1.service (new)\n"
         "wrote  rendered/etc/systemd/system/chatterbox-tts-nginx.service (new)\n"
@@ -56,7 +57,7 @@ def test_rendering_again_touches_nothing(here: Path) -> None:
 
     result = run("render")
 
-    assert result.stderr == "unchanged: all 5 files are as the fleet file says\n"
+    assert result.stderr == "unchanged: all 6 files are as the fleet file says\n"
     assert {path: path.stat().st_mtime_ns for path in (here / "rendered").rglob("*")} == before
 
 
@@ -135,6 +136,7 @@ def test_json_lists_each_file_and_what_became_of_it(here: Path) -> None:
 
     assert {Path(row["path"]).name: row["action"] for row in rows} == {
         "chatterbox-tts.conf": "changed",
+        "chatterbox-tts-gpu-nodes.service": "unchanged",
         "chatterbox-tts-gpu0.service": "unchanged",
         "chatterbox-tts-gpu1.service": "stale",
         "chatterbox-tts-gpu2.service": "created",

@@ -30,7 +30,8 @@ REJECTED = [
     # [gpus]
     ("", ["gpus: missing; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"]),
     ("[gpus]\n", ["gpus: dictionary should have at least 1 item after validation, not 0, got {}"]),
-    ("gpus = 6093", ["gpus: input should be a valid dictionary, got 6093"]),
+    ("gpus = 6093", ["gpus: should be a table, got 6093"]),
+    (ONE_GPU + "[nginx]\nlisten = '[::1%a]:80'", [f"nginx.listen: {LISTEN}, got '[::1%a]:80'"]),
     ("[gpus]\n0 = 80", ["gpus.0: input should be greater than or equal to 1024, got 80"]),
     ("[gpus]\n0 = 65536", ["gpus.0: input should be less than or equal to 65535, got 65536"]),
     ("[gpus]\n0 = '6093'", ["gpus.0: input should be a valid integer, got '6093'"]),
@@ -49,6 +50,26 @@ REJECTED = [
         ["gpus.0,1: GPU 0 is already used by gpus.0; to share a GPU give it a list of ports"],
     ),
     ("[gpus]\n'1,1' = 6094", ["gpus.1,1: GPU 1 is already used by gpus.1,1"]),
+    (
+        "[gpus]\n'0,GPU-8f3c2a1b-0000-4000-8000-00000000000a' = 6093",
+        ["gpus.0,GPU-8f3c2a1b-0000-4000-8000-00000000000a: name both GPUs by index or both by UUID"],
+    ),
+    (
+        "[gpus]\n'MIG-8f3c2a1b-0000-4000-8000-00000000000a,MIG-8f3c2a1b-0000-4000-8000-00000000000b' = 6093",
+        [
+            "gpus.MIG-8f3c2a1b-0000-4000-8000-00000000000a,MIG-8f3c2a1b-0000-4000-8000-00000000000b: "
+            "CUDA shows a process one MIG device; name whole GPUs"
+        ],
+    ),
+    ("[gpus]\n'a\\u001bb' = 6093".replace("'", '"'), [f"'gpus.a\\x1bb': {GPU_KEY}"]),
+    (
+        "[gpus]\n0 = " + "9" * 5000,
+        [
+            "cannot be read as TOML: Exceeds the limit (4300 digits) for integer string conversion: "
+            "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit"
+        ],
+    ),
+    ("a = " + "[" * 5000, ["cannot be read as TOML: maximum recursion depth exceeded"]),
     ("[gpus]\n0 = 6095", ["gpus.0: port 6095 is already used by nginx.listen, '127.0.0.1:6095'"]),
     # [nginx]
     (ONE_GPU + "[nginx]\nlisten = 'localhost:6095'", [f"nginx.listen: {LISTEN}, got 'localhost:6095'"]),
@@ -89,6 +110,13 @@ REJECTED = [
     ),
     (
         ONE_GPU + "[server]\ncommand = ['/srv/serve']",
+        [
+            "server.command: should hold {port}, or every instance takes the same one"
+            " (for a server that reads a variable: ['/usr/bin/env', 'PORT={port}', …])"
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve', '{{port}}']",
         [
             "server.command: should hold {port}, or every instance takes the same one"
             " (for a server that reads a variable: ['/usr/bin/env', 'PORT={port}', …])"

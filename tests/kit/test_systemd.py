@@ -62,6 +62,8 @@ def test_systemd_accepts_what_was_quoted(text: str, tmp_path: Path) -> None:
         ("python = '/root/venv/bin/python'", "read-only"),
         ("command = ['/home/ada/serve', '{port}']", "read-only"),
         ("command = ['/srv/serve', '--config', '/home/ada/x', '{port}']", "read-only"),
+        ("command = ['/srv/serve', '--config=/home/ada/x', '{port}']", "read-only"),
+        ("command = ['/srv/serve', '{port}']\ndirectory = '/home/ada'", "read-only"),
         ("weights = '/homes/checkpoint'", "yes"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,16 +47,31 @@ class Up:
             [sys.executable, "-m", "chatterbox_deploy", "up", str(fleet_toml)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
+        self._closed = threading.Event()
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
+        # Unbuffered and with select, so that closing the pipe never waits for a line.
         assert self.process.stdout
-        self.said.extend(iter(self.process.stdout.readline, ""))
+        pending = b""
+        while not self._closed.is_set():
+            if select.select([self.process.stdout], [], [], 0.05)[0]:
+                read = os.read(self.process.stdout.fileno(), 65536)
+                *lines, pending = (pending + read).split(b"\n")
+                self.said.extend(f"{line.decode()}\n" for line in lines)
+                if not read:
+                    return
+
+    def stop_reading(self) -> None:
+        """As ``head`` does when it has seen enough."""
+        self._closed.set()
+        self._reader.join(timeout=10)
+        assert self.process.stdout
+        self.process.stdout.close()
 
     def wait_for(self, pattern: str, *, times: int = 1, limit_s: float = 60) -> None:
         """Until ``times`` lines match; fails with everything said when it ends or takes too long."""
@@ -170,6 +187,55 @@ def test_a_taken_front_port_is_said_at_once(up: Callable[[str], Up]) -> None:
         )
 
         assert running.wait() == 3
+        port = taken.getsockname()[1]
     said = "".join(running.said)
-    assert "Address already in use" in said
-    assert "error: nginx ended by itself, with status 1" in said
+    assert said.startswith("error: cannot listen where the fleet file says; `ss -ltnp` shows who does:")
+    assert f"127.0.0.1:{port}: address already in use" in said
+
+
+def test_a_program_that_is_not_there_leaves_the_others_running(up: Callable[[str], Up], tmp_path: Path) -> None:
+    one, two, front = free_ports(3)
+    # One deletes the program once the other has started, and ends: its second start finds none.
+    server = tmp_path / "server"
+    server.write_text(
+        f"#!/bin/sh\nif [ $1 = {two} ]; then touch {tmp_path}/other; exec sleep 600; fi\n"
+        f"while [ ! -e {tmp_path}/other ]; do sleep 0.05; done; rm $0; exit 9\n"
+    )
+    server.chmod(0o755)
+    running = up(
+        f"[gpus]\n0 = {one}\n1 = {two}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\ncommand = ['{server}', '{{port}}']\n[unit]\nrestart_delay_s = 1\n"
+    )
+
+    running.wait_for(r"gpu0 +\| cannot run .*/server: no such program, or it is not executable; left down")
+    assert running.process.poll() is None
+    assert running.end() == 0
+
+
+def test_a_dead_nginx_is_noticed_although_its_workers_hold_its_output(up: Callable[[str], Up]) -> None:
+    one, front = free_ports(2)
+    running = up(
+        f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\ncommand = ['{sys.executable}', '-m', 'http.server', '--bind', '{{host}}', '{{port}}']\n"
+    )
+    running.wait_for(r"^ready")
+    os.kill(min(processes_on(front)), signal.SIGKILL)
+
+    assert running.wait() == 3
+    assert "error: nginx ended by itself, with status -9" in "".join(running.said)
+    assert processes_on(front) == []
+
+
+def test_up_ends_in_order_when_nobody_reads_it_any_more(up: Callable[[str], Up]) -> None:
+    one, front = free_ports(2)
+    running = up(
+        f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\ncommand = ['{sys.executable}', '-u', '-m', 'http.server', '--bind', '{{host}}', '{{port}}']\n"
+    )
+    running.wait_for(r"^ready")
+    running.stop_reading()
+    with suppress(OSError):
+        get(f"http://127.0.0.1:{front}/")
+
+    assert running.process.wait(timeout=60) == 0
+    assert processes_on(one) == processes_on(front) == []

@@ -63,7 +63,8 @@ class Instance:
 
 
 @contextmanager
-def an_instance(tmp_path: Path, **environ: str) -> Iterator[Instance]:
+def an_instance(tmp_path: Path, *, code: str = "", **environ: str) -> Iterator[Instance]:
+    """The server, or ``code`` instead of its ``__main__``."""
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, socket.socket() as free:
         told.bind(address)
@@ -71,7 +72,7 @@ def an_instance(tmp_path: Path, **environ: str) -> Iterator[Instance]:
         port = free.getsockname()[1]
         free.close()
         process = subprocess.Popen(
-            (sys.executable, "-m", "chatterbox_server"),
+            (sys.executable, *(("-c", code) if code else ("-m", "chatterbox_server"))),
             env=clean_environ()
             | {"CHATTERBOX_ENGINE": "espeak", "CHATTERBOX_PORT": str(port), "NOTIFY_SOCKET": address}
             | environ,
@@ -161,6 +162,27 @@ def test_watchdog_pings_stop_while_the_engine_hangs(tmp_path: Path) -> None:
         assert client.get("/healthz").status_code == 200
         # Nobody waits for that utterance: stopping does not either.
         assert instance.stop()[0] == 0
+
+
+WITH_A_FAKE_ENGINE = """
+import sys
+from chatterbox_server import __main__, engines
+from server.fakes import FakeEngine
+engines.load = lambda settings: FakeEngine()
+sys.exit(__main__.main())
+"""
+
+
+def test_a_broken_engine_ends_the_process_without_an_answer(tmp_path: Path) -> None:
+    """nginx sees the connection break and asks another GPU; systemd starts a fresh process."""
+    tests = str(Path(__file__).parents[1])
+    with an_instance(tmp_path, code=WITH_A_FAKE_ENGINE, PYTHONPATH=tests) as instance:
+        instance.wait_told("READY=1")
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(f"{instance.url}/v1/audio/speech", json={"input": "break"}, timeout=PATIENCE_S)
+        _, log = instance.process.communicate(timeout=PATIENCE_S)
+    assert instance.process.returncode == 1
+    assert "the engine is broken, ending the process: device-side assert" in log
 
 
 def test_a_wrong_environment_is_exit_status_2() -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import importlib
 import importlib.util
+import inspect
 import os
 import random
 import sys
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from chatterbox_server import engines
 from chatterbox_server.app import warm_up
-from chatterbox_server.engine import EngineError, Refused, Utterance
+from chatterbox_server.engine import EngineBroken, EngineError, Refused, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import Placement, StockEngine, place
 from chatterbox_server.settings import Settings
@@ -187,6 +189,46 @@ class TestTheRealClasses:
                 assert (await client.get("/readyz")).json()["facts"]["devices"] == {"t3": "cpu", "s3gen": "cpu"}
 
         run(scenario())
+
+    @pytest.mark.parametrize(("kind", "weights"), [("chatterbox", False), ("turbo", True), ("multilingual", False)])
+    def test_weights_come_from_the_hub_cache_or_from_a_directory(
+        self, kind: str, weights: bool, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The package's own loaders want gigabytes; what they return is a tiny model here."""
+        tiny = build(kind)._chatterbox
+        asked: list[tuple[object, ...]] = []
+        loader = getattr(importlib.import_module(stock.KINDS[kind].module), stock.KINDS[kind].class_name)
+        name = "from_local" if weights else "from_pretrained"
+        signature = inspect.signature(getattr(loader, name))
+
+        def load(*given: object) -> object:
+            signature.bind(*given)
+            asked.append(given)
+            return tiny
+
+        monkeypatch.setattr(loader, name, load)
+
+        engine = engines.load(Settings(model=kind, device="cpu", weights=tmp_path if weights else None))
+
+        assert asked == [(tmp_path, "cpu") if weights else ("cpu",)]
+        assert engine.synthesize(warm_up(engine)).size > 0
+
+    def test_a_gpu_that_answers_no_more_is_told_from_an_utterance_that_failed(
+        self, build: Build, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import torch
+
+        engine = build("chatterbox")
+        error = RuntimeError("CUDA error: device-side assert triggered")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+        engine._still_works(error)
+
+        def broken(_device: object) -> None:
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "synchronize", broken)
+        with pytest.raises(EngineBroken, match="device-side assert"):
+            engine._still_works(error)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_no_voice_and_no_exaggeration_leaks(self, kind: str, build: Build, recordings: Path) -> None:

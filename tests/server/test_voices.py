@@ -65,3 +65,14 @@ def test_no_name_reaches_outside_the_directory(name: str, tmp_path_factory: pyte
     except UnknownVoice:
         return
     assert found.recording is None
+
+
+def test_a_directory_that_may_not_be_read_leaves_the_built_in_voice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(_: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+
+    assert Library(tmp_path).find("default").recording is None

@@ -31,7 +31,10 @@ def gpu_tables(draw: DrawFn) -> dict[str, int | list[int]]:
     gpus = draw(st.lists(st.integers(0, 15).map(str) | uuids(), min_size=1, max_size=8, unique=True))
     keys: list[str] = []
     while gpus:
-        size = draw(st.integers(1, min(2, len(gpus))))
+        # Two indices or two UUIDs of whole GPUs make a pair.
+        pair = len(gpus) > 1 and len({gpu.isdigit() for gpu in gpus[:2]}) == 1
+        pair = pair and not any(gpu.startswith("MIG") for gpu in gpus[:2])
+        size = draw(st.integers(1, 2 if pair else 1))
         keys.append(",".join(gpus[:size]))
         del gpus[:size]
     counts = [draw(st.integers(1, 3)) for _ in keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import click
@@ -22,6 +23,14 @@ class _Shell(click.Group):
         except DeployError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"error: cannot go on: {error}", err=True)
+            ctx.exit(DeployError.exit_code)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:  # noqa: BLE001  status 1 would say "out of date" to whoever scripts us
+            traceback.print_exc()
+            ctx.exit(DeployError.exit_code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
         """In the order in which an operator needs them."""
@@ -39,8 +48,7 @@ def main() -> None:
         curl --json '{"input": "Hello.", "response_format": "wav"}' \\
              http://127.0.0.1:6095/v1/audio/speech -o hello.wav
 
-    Exit status: 0 done; 1 not healthy or out of date; 2 the file or the command line is wrong; 3 it
-    could not be done.
+    Exit status: 0 done; 1 out of date; 2 the file or the command line is wrong; 3 it could not be done.
     """
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy import config
-from chatterbox_deploy.errors import FleetFileError
+from chatterbox_deploy.errors import CommandFailed, FleetFileError
 from chatterbox_deploy.host import LocalHost
 
 if TYPE_CHECKING:
@@ -29,8 +29,15 @@ def read_fleet(fleet_file: Path) -> FleetConfig:
     Raises:
         FleetFileError: it is not there, or it is wrong.
     """
-    text = LocalHost().read_text(PurePosixPath(fleet_file.absolute()))
-    if text is None:
-        problem = "no such file; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"
-        raise FleetFileError(str(fleet_file), [problem])
-    return config.load(text, source=str(fleet_file))
+    try:
+        content = LocalHost().read_bytes(PurePosixPath(fleet_file.absolute()))
+        if content is None:
+            problem = "no such file; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"
+            raise FleetFileError(str(fleet_file), [problem])
+        # Some editors put a byte order mark before the first letter.
+        return config.load(content.decode("utf-8-sig"), source=str(fleet_file))
+    except UnicodeDecodeError as error:
+        problem = f"not UTF-8, as TOML must be: byte {error.start + 1} is 0x{error.object[error.start]:02x}"
+        raise FleetFileError(str(fleet_file), [problem]) from None
+    except CommandFailed as error:
+        raise FleetFileError(str(fleet_file), [str(error)]) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
@@ -15,8 +15,7 @@ from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
-    from pathlib import PurePosixPath
-
+    from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.plan import Changes
 
 
@@ -45,10 +44,11 @@ def render_command(
 
     Files that carry our header are ours to replace; any other file in their place is refused.
     """
+    resolved = fleet.resolve(arguments.read_fleet(fleet_file))
     wanted = render.render(
-        fleet.resolve(arguments.read_fleet(fleet_file)),
+        resolved,
         Templates(own_templates),
-        source=str(fleet_file.absolute()),
+        source=str(fleet_file.resolve()),
     )
     host = LocalHost(output)
     changes = plan.compare(wanted, observe.files(host, wanted))
@@ -63,7 +63,8 @@ def render_command(
             click.echo("".join(change.diff() for change in changes.to_write), nl=False)
         _tell(host, changes, done=not dry_run)
         if not dry_run:
-            _tell_next(output, changes)
+            _tell_next(host, output, changes)
+            _tell_missing_keys(host, resolved)
     if dry_run and changes:
         raise SystemExit(1)
 
@@ -106,18 +107,41 @@ def _tell(host: LocalHost, changes: Changes, *, done: bool) -> None:
 def _removal(host: LocalHost, path: PurePosixPath) -> str:
     """The command that takes a stale file away, stopping its unit first where it is installed."""
     remove = f"rm {host.at(path)}"
-    installed = host.at(path) == Path(path)
-    return f"systemctl disable --now {path.name}; {remove}" if installed else remove
+    installed = host.at(path) == Path(path) and path.parent == render.UNIT_DIR
+    return f"systemctl stop {path.name}; {remove}" if installed else remove
 
 
-def _tell_next(output: Path, changes: Changes) -> None:
+def _tell_next(host: LocalHost, output: Path, changes: Changes) -> None:
     if not changes.to_write:
         return
-    if output.absolute() != Path("/"):
+    if host.at(render.UNIT_DIR) != Path(render.UNIT_DIR):
         click.echo(
             f"next: read them below {output}, then install them: sudo chatterbox-deploy render --output /", err=True
         )
     elif all(change.before is None for change in changes.to_write):
         click.echo(f"next: systemctl enable --now {systemd.TARGET}", err=True)
     else:
-        click.echo(f"next: systemctl daemon-reload && systemctl restart {systemd.TARGET}", err=True)
+        click.echo(f"next: {' && '.join(_commands(changes))}", err=True)
+
+
+def _commands(changes: Changes) -> list[str]:
+    """What puts written files into effect on a running fleet: one instance after the other, each until it is ready."""
+    names = [change.file.path.name for change in changes.to_write if change.before is not None]
+    instances = [name for name in names if name.endswith(".service") and name != systemd.FRONT_UNIT]
+    return [
+        "systemctl daemon-reload",
+        *(f"systemctl restart {name}" for name in instances),
+        f"systemctl start {systemd.TARGET}",
+        f"systemctl restart {systemd.FRONT_UNIT}",
+    ]
+
+
+def _tell_missing_keys(host: LocalHost, resolved: Fleet) -> None:
+    """nginx refuses to start without the file, and with it every other site on this machine."""
+    keys = resolved.front.api_keys_file
+    if keys is not None and host.read_bytes(PurePosixPath(keys)) is None:
+        click.echo(
+            f"before nginx reads it, make the key file:\n"
+            f'  printf \'"~^Bearer %s$" NAME;\\n\' "$(openssl rand -hex 24)" | sudo tee {host.at(PurePosixPath(keys))}',
+            err=True,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from itertools import cycle
@@ -95,6 +96,11 @@ def _teller(names: Iterable[str]) -> up.Tell:
 
     def tell(who: str, line: str) -> None:
         label = click.style(f"{who:<{width}}", fg=colours.get(who), bold=who not in colours)
-        click.echo(f"{label} | {line}", err=True)
+        try:
+            click.echo(f"{label} | {line}", err=True)
+        except OSError:
+            # Nobody reads us any more (`up | head`): end in order, and do not say so.
+            sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  for the rest of the process
+            signal.raise_signal(signal.SIGTERM)
 
     return tell

@@ -161,5 +161,5 @@ def _check(asked: SpeechRequest, engine: Engine) -> None:
         raise BadRequest(message, param="speed")
     if asked.language is not None and asked.language.lower() not in engine.languages:
         known = ", ".join(engine.languages)
-        message = f"{engine.model} does not speak language {asked.language!r}; it speaks: {known}"
+        message = f"{engine.model} does not speak language {asked.language[:64]!r}; it speaks: {known}"
         raise BadRequest(message, param="language")
