@@ -43,7 +43,7 @@ class Changes:
     to_write: tuple[Change, ...]
     unchanged: tuple[PurePosixPath, ...]
     stale: tuple[PurePosixPath, ...]
-    """Ours, and no longer wanted: a GPU left the fleet file."""
+    """Ours, and no longer wanted: usually a GPU left the fleet file."""
 
     foreign: tuple[PurePosixPath, ...]
     """Where we would write, but not ours: never overwritten."""

@@ -176,7 +176,7 @@ class _Keeper:
             if self.stop.is_set():
                 return
             ended = f"ended with status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
-            if status in {0, service.config_error_status}:
+            if status == service.config_error_status:
                 self.tell(name, f"{ended}; left down")
                 return
             if len(starts) >= service.restart_limit:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.systemd
 
+FLEET_TOML = "/etc/chatterbox-tts/fleet.toml"
 FRONT = "http://127.0.0.1:6095"
 GPU0, GPU1 = "chatterbox-tts-gpu0.service", "chatterbox-tts-gpu1.service"
 ENABLE = ("systemctl", "enable", "--now", "chatterbox-tts.target")
@@ -34,8 +35,8 @@ NASTY = {
 
 
 def install(sandbox: Sandbox, fleet_toml: str) -> None:
-    sandbox.write("/etc/chatterbox-tts/fleet.toml", fleet_toml)
-    sandbox.run(PYTHON, "-m", "chatterbox_deploy", "render", "/etc/chatterbox-tts/fleet.toml", "--output", "/")
+    sandbox.write(FLEET_TOML, fleet_toml)
+    sandbox.run(PYTHON, "-m", "chatterbox_deploy", "render", FLEET_TOML, "--output", "/")
     sandbox.run(*ENABLE)
 
 
@@ -133,6 +134,20 @@ def test_a_restart_under_a_steady_load_loses_nothing(fleet: Sandbox) -> None:
     outcomes = disturbed(fleet, 20, 8, "sleep 1", f"systemctl restart {GPU0}", "sleep 1", f"systemctl restart {GPU1}")
 
     assert outcomes == {"ok": 160}
+
+
+def test_what_render_says_to_type_next_changes_a_running_fleet_without_losing_a_request(fleet: Sandbox) -> None:
+    before = fleet.run("cat", FLEET_TOML)
+    fleet.write(FLEET_TOML, before.replace("queue_size = 100", "queue_size = 101"))
+    said = fleet.run("bash", "-c", f"{PYTHON} -m chatterbox_deploy render {FLEET_TOML} --output / 2>&1")
+    *_, next_line = said.splitlines()
+
+    outcomes = disturbed(fleet, 15, 8, "sleep 1", next_line.removeprefix("next: "))
+
+    assert next_line.startswith("next: systemctl daemon-reload && systemctl restart chatterbox-tts-gpu0.service && ")
+    assert outcomes == {"ok": 120}
+    for unit in (GPU0, GPU1):
+        assert "CHATTERBOX_QUEUE_SIZE=101" in fleet.run("cat", f"/proc/{fleet.show(unit, 'MainPID')}/environ")
 
 
 def test_a_hung_instance_is_killed_by_the_watchdog_and_returns(fleet: Sandbox) -> None:

@@ -107,7 +107,7 @@ def test_a_file_of_a_gpu_that_left_is_named_with_the_command_that_removes_it(her
     result = run("render")
 
     unit = "rendered/etc/systemd/system/chatterbox-tts-gpu1.service"
-    assert f"stale  {unit}: its GPU is no longer in the fleet file; rm {unit}\n" in result.stderr
+    assert f"stale  {unit}: the fleet file asks for it no longer; rm {unit}\n" in result.stderr
     assert (here / unit).exists()
     assert run("render", "--check").exit_code == 1
 

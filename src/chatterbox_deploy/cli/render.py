@@ -97,7 +97,7 @@ def _tell(host: LocalHost, changes: Changes, *, done: bool) -> None:
         click.echo(f"not ours, would be refused  {host.at(path)}", err=True)
     for path in changes.stale:
         click.echo(
-            f"stale  {host.at(path)}: its GPU is no longer in the fleet file; {_removal(host, path)}",
+            f"stale  {host.at(path)}: the fleet file asks for it no longer; {_removal(host, path)}",
             err=True,
         )
     if not changes:
