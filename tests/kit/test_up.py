@@ -163,6 +163,38 @@ def test_any_server_runs_unchanged_behind_the_same_front(up: Callable[[str], Up]
     assert running.end() == 0
 
 
+SLOW_SERVER = """
+import http.server, sys, time
+class Slow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print("asked", flush=True)
+        time.sleep(1.5)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"finished")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Slow).serve_forever()
+"""
+
+
+def test_what_was_accepted_is_answered_before_anything_ends(up: Callable[[str], Up], tmp_path: Path) -> None:
+    """The front ends first: this server would drop its request the moment it is asked to end."""
+    one, front = free_ports(2)
+    (tmp_path / "slow.py").write_text(SLOW_SERVER)
+    running = up(
+        f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\ncommand = ['{sys.executable}', '{tmp_path}/slow.py', '{{port}}']\n"
+    )
+    running.wait_for(r"^ready")
+    answers: list[bytes] = []
+    asking = threading.Thread(target=lambda: answers.append(get(f"http://127.0.0.1:{front}/")[0]))
+    asking.start()
+    running.wait_for(r"gpu0 +\| asked")
+
+    assert running.end() == 0
+    asking.join(timeout=30)
+    assert answers == [b"finished"]
+
+
 def test_instances_that_crash_in_a_loop_are_left_down_and_up_ends_with_the_reason(up: Callable[[str], Up]) -> None:
     one, front = free_ports(2)
     running = up(
