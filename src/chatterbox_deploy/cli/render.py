@@ -139,9 +139,10 @@ def _commands(changes: Changes) -> list[str]:
 def _tell_missing_keys(host: LocalHost, resolved: Fleet) -> None:
     """nginx refuses to start without the file, and with it every other site on this machine."""
     keys = resolved.front.api_keys_file
-    if keys is not None and host.read_bytes(PurePosixPath(keys)) is None:
+    installed = host.at(render.FRONT_PATH) == Path(render.FRONT_PATH)
+    if keys is not None and installed and host.read_bytes(PurePosixPath(keys)) is None:
         click.echo(
-            f"before nginx reads it, make the key file:\n"
-            f'  printf \'"~^Bearer %s$" NAME;\\n\' "$(openssl rand -hex 24)" | sudo tee {host.at(PurePosixPath(keys))}',
+            "before that, make the key file, or nginx will not start:\n"
+            f'  printf \'"~^Bearer %s$" NAME;\\n\' "$(openssl rand -hex 24)" | install -D -m 600 /dev/stdin {keys}',
             err=True,
         )
