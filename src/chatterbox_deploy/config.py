@@ -37,6 +37,10 @@ RESERVED_VARIABLES = (
 """Environment the unit itself decides; an operator's value would silently break pinning or readiness."""
 
 
+SMALLEST_RECYCLE_MB = 256
+"""Any engine holds as much from the start: with less it would be recycled for ever."""
+
+
 def _absolute_path(value: str) -> str:
     """A path that means the same to systemd, nginx and the shell, quoted or not."""
     if not re.fullmatch(r"/[A-Za-z0-9._/+@:=,~-]*", value) or ".." in PurePosixPath(value).parts:
@@ -111,6 +115,27 @@ def _variable_name(value: str) -> str:
     return value
 
 
+def _voice(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value):
+        raise PydanticCustomError("voice", "should be a voice's name: 1 to 64 letters, digits, '_' and '-'")
+    return value
+
+
+def _origin(value: str) -> str:
+    """An origin as a browser writes it: the header is compared letter for letter."""
+    if value != "*" and not re.fullmatch(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", value):
+        raise PydanticCustomError(
+            "origin", "should be '*' or like 'https://example.com' or 'http://localhost:3000': lower case, no path"
+        )
+    return value
+
+
+def _never_or_enough(value: int) -> int:
+    if 0 < value < SMALLEST_RECYCLE_MB:
+        raise PydanticCustomError("recycle", "should be 0 (never) or at least {least}", {"least": SMALLEST_RECYCLE_MB})
+    return value
+
+
 def _one_or_many(value: object) -> str:
     return "#many" if isinstance(value, (list, tuple)) else "#one"
 
@@ -128,6 +153,9 @@ AbsolutePath = Annotated[str, AfterValidator(_absolute_path)]
 Argument = Annotated[str, AfterValidator(_argument)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Variable = Annotated[str, AfterValidator(_printable)]
+Voice = Annotated[str, AfterValidator(_voice)]
+Origin = Annotated[str, AfterValidator(_origin)]
+RecycleMb = Annotated[int, Field(ge=0, le=10_000_000), AfterValidator(_never_or_enough)]
 
 
 class _Strict(BaseModel):
@@ -138,7 +166,8 @@ class NginxConfig(_Strict):
     """``[nginx]``: the one address that clients use."""
 
     listen: Annotated[str, AfterValidator(_listen)] = "127.0.0.1:6095"
-    """Address and port of the front. Anything but loopback also needs api_keys_file or allow_anonymous."""
+    """Address and port of the front. Anything but loopback also needs api_keys_file, here or in [server], or
+    allow_anonymous."""
 
     api_keys_file: AbsolutePath | None = None
     """File of the keys that may speak, one `"~^Bearer KEY$" NAME;` a line; NAME appears in the access log."""
@@ -185,6 +214,30 @@ class ServerConfig(_Strict):
 
     longest_utterance_s: Annotated[int, Field(ge=1, le=3600)] = 120
     """Seconds the longest utterance may take to compute; a stuck engine is restarted after that."""
+
+    max_input_chars: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
+    """Longest text of one request, in characters."""
+
+    order: Literal["size", "fifo"] = "size"
+    """Who is next. size: the shortest, yet nobody waits for ever behind shorter ones. fifo: who came first."""
+
+    check_duration: bool = True
+    """Speak a sentence once more whose sound is implausibly short or long for its text."""
+
+    aliases: dict[Voice, Voice] = {}
+    """More names for your voices, such as { alloy = "anna" } for clients that know only OpenAI's names."""
+
+    api_keys_file: AbsolutePath | None = None
+    """File of the keys that may speak, one `NAME KEY` a line. Instances check them, so not with nginx.api_keys_file."""
+
+    cors_origins: list[Origin] = []
+    """Web pages whose scripts may use the front from a browser, such as "https://example.com"; "*" is any page."""
+
+    recycle_gpu_mb: RecycleMb = 0
+    """MB of GPU memory after which an instance finishes what it has and starts afresh; 0 is never."""
+
+    recycle_host_mb: RecycleMb = 0
+    """MB of host memory after which an instance finishes what it has and starts afresh; 0 is never."""
 
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = 2
     """CPU threads for tensor work, per instance. Without a limit every instance takes every core."""
@@ -251,6 +304,7 @@ def conflicts(config: FleetConfig) -> list[str]:
     return [
         *_gpu_conflicts(config),
         *_listen_conflicts(config),
+        *_keys_conflicts(config),
         *_command_conflicts(config.server),
         *_device_conflicts(config.server),
     ]
@@ -293,9 +347,25 @@ def _listen_conflicts(config: FleetConfig) -> list[str]:
         for gpu, port in config.ports()
         if port == front_port
     )
-    if not (address.is_loopback or nginx.api_keys_file or nginx.allow_anonymous):
+    if not (address.is_loopback or nginx.api_keys_file or config.server.api_keys_file or nginx.allow_anonymous):
         problems.append(
             f"nginx.listen: other machines reach {nginx.listen!r}: give api_keys_file, or say allow_anonymous = true"
+        )
+    return problems
+
+
+def _keys_conflicts(config: FleetConfig) -> list[str]:
+    nginx, server = config.nginx, config.server
+    problems: list[str] = []
+    if nginx.api_keys_file and server.api_keys_file:
+        problems.append(
+            "server.api_keys_file: has no meaning with nginx.api_keys_file, which asks first and keeps the key from "
+            "the instances; give one of the two"
+        )
+    if nginx.api_keys_file and server.cors_origins:
+        problems.append(
+            "server.cors_origins: a browser first asks without a key (OPTIONS), which nginx.api_keys_file refuses; "
+            "give server.api_keys_file instead"
         )
     return problems
 
@@ -374,9 +444,10 @@ def _field_problem(detail: dict[str, Any]) -> str:
     key = _printed(".".join(location))
     if detail["type"] == "extra_forbidden":
         known_keys = [known for known in KNOWN_KEYS if "." in known or "." not in key]
-        near = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.7) or [
-            known for known in known_keys if known.rpartition(".")[2] == location[-1]
-        ]
+        # The right key in the wrong section, before one that is only spelt alike.
+        near = [known for known in KNOWN_KEYS if known.rpartition(".")[2] == location[-1]] or (
+            difflib.get_close_matches(key, known_keys, n=1, cutoff=0.7)
+        )
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     if detail["type"] == "missing":
         return f"{key}: missing; for one server on GPU 0 write\n    [{key}]\n    0 = 6093"

@@ -34,7 +34,7 @@ class Places:
     """Voices: kept."""
 
     cache_dir: str
-    """Compiled kernels: can be made again."""
+    """Compiled kernels, results of jobs: can be made again."""
 
     hub_dir: str
     """Weights, as huggingface_hub keeps them (``HF_HOME``): can be fetched again."""
@@ -66,7 +66,7 @@ class Instance:
     port: int
     command: tuple[str, ...]
     environment: Mapping[str, str]
-    """All that the process is told; the server reads nothing else."""
+    """What the process is told; the keys of ``Service.api_keys_file`` come beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Front:
     access_log: str
     max_upload_mb: int
     read_timeout_s: int
-    """Longest silence of a healthy instance: a full wait and the longest utterance."""
+    """Longest silence of a healthy instance, before its answer or within it: a full wait and the longest utterance."""
 
     keepalive_connections: int
     """Idle connections each nginx worker keeps to the instances; 0 where the server may close them first."""
@@ -95,7 +95,11 @@ class Service:
 
     start_timeout_s: int
     stop_timeout_s: int
-    """Long enough to finish everything that was accepted."""
+    """Long enough for what an instance finishes once it is told to stop.
+
+    Ours hands what waits to the next GPU, finishes the utterance at hand, and asks its supervisor for more time
+    while a long text still streams. Of another server we assume that it finishes everything it accepted.
+    """
 
     watchdog_s: int
     restart_delay_s: int
@@ -111,6 +115,9 @@ class Service:
     """Whether the server needs nothing from the network: its weights lie on this machine, or it has none."""
 
     uses_gpu: bool
+    api_keys_file: str | None
+    """Keys that the instances check; a supervisor may hand each a copy of its own."""
+
     config_error_status: int | None
     """Exit status after which a restart cannot help."""
 
@@ -149,7 +156,7 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             user=unit.user,
             speaks_notify=ours,
             start_timeout_s=unit.start_timeout_s,
-            stop_timeout_s=answer_s + MARGIN_S,
+            stop_timeout_s=(server.longest_utterance_s if ours else answer_s) + MARGIN_S,
             watchdog_s=unit.watchdog_s,
             restart_delay_s=unit.restart_delay_s,
             restart_limit=unit.restart_limit,
@@ -157,6 +164,7 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             directory=server.directory,
             offline=ours and (server.weights is not None or server.engine == "espeak"),
             uses_gpu=not ours or (server.engine != "espeak" and server.device == "cuda"),
+            api_keys_file=server.api_keys_file,
             config_error_status=2 if ours else None,
         ),
         places=places,
@@ -233,7 +241,7 @@ def _limits_and_caches(cpu_threads: int, places: Places) -> dict[str, str]:
 
 def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict[str, str]:
     """What ``chatterbox_server`` reads; the contract test feeds it every golden unit's."""
-    server = config.server
+    server, nginx = config.server, config.nginx
     settings: dict[str, str | int | bool | None] = {
         "INSTANCE": name,
         "HOST": HOST,
@@ -249,6 +257,16 @@ def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict
         "QUEUE_SIZE": server.queue_size,
         "MAX_WAIT_S": server.max_wait_s,
         "LONGEST_UTTERANCE_S": server.longest_utterance_s,
+        "MAX_INPUT_CHARS": server.max_input_chars,
+        "ORDER": server.order,
+        "CHECK_DURATION": server.check_duration,
+        "ALIASES": ",".join(f"{alias}={voice}" for alias, voice in server.aliases.items()) or None,
+        # What the front lets through, an instance takes.
+        "MAX_UPLOAD_MB": nginx.max_upload_mb,
+        "CORS_ORIGINS": ",".join(server.cors_origins) or None,
+        "RECYCLE_GPU_MB": server.recycle_gpu_mb,
+        "RECYCLE_HOST_MB": server.recycle_host_mb,
+        "RESULTS_DIR": f"{places.cache_dir}/results",
     }
     return {
         f"CHATTERBOX_{key}": str(value).lower() if isinstance(value, bool) else str(value)

@@ -191,7 +191,7 @@ class _Keeper:
         with self._notify_socket() as socket_path:
             child = await process.start(
                 self.instance.command,
-                environment={**os.environ, **self.instance.environment, **socket_path},
+                environment={**os.environ, **self.instance.environment, **self._keys(), **socket_path},
                 directory=self.service.directory,
                 on_line=lambda line: self.tell(self.instance.name, line),
             )
@@ -203,6 +203,11 @@ class _Keeper:
                 task.cancel()
             child.send(signal.SIGTERM)
             return await _or_at_once(ended, self.ending, child)
+
+    def _keys(self) -> dict[str, str]:
+        """The key file itself: there is no systemd to make a copy."""
+        path = self.service.api_keys_file
+        return {} if path is None else {"CHATTERBOX_API_KEYS_FILE": path}
 
     @contextmanager
     def _notify_socket(self) -> Iterator[dict[str, str]]:

@@ -2,8 +2,10 @@
 
 import difflib
 import ipaddress
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -12,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -55,8 +58,57 @@ def _absolute(path: Path) -> Path:
     return path
 
 
+def _pairs(value: object) -> object:
+    """``alloy=anna,nova=bob`` as a mapping; a name given twice would mean two voices."""
+    if not isinstance(value, str):
+        return value
+    pairs: dict[str, str] = {}
+    for pair in _listed(value):
+        alias, _, voice = (part.strip() for part in pair.partition("="))
+        if not (re.fullmatch(_VOICE_NAME, alias) and re.fullmatch(_VOICE_NAME, voice)):
+            msg = "input should be ALIAS=VOICE, with commas between; names are 1 to 64 letters, digits, '_' and '-'"
+            raise ValueError(msg)
+        if alias in pairs:
+            msg = f"input should name '{alias}' once"
+            raise ValueError(msg)
+        pairs[alias] = voice
+    return pairs
+
+
+def _listed(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _origins(value: object) -> object:
+    return _listed(value) if isinstance(value, str) else value
+
+
+def _origin(value: str) -> str:
+    # As a browser writes it: it compares letter for letter, and sends no path and no port that goes without saying.
+    if value != "*" and not re.fullmatch(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", value):
+        msg = "input should be '*' or like 'https://example.com' or 'http://localhost:3000': lower case, no path"
+        raise ValueError(msg)
+    return value
+
+
+def _never_or_enough(value: int) -> int:
+    if 0 < value < _SMALLEST_RECYCLE_MB:
+        msg = f"input should be 0 (never) or at least {_SMALLEST_RECYCLE_MB}"
+        raise ValueError(msg)
+    return value
+
+
+_VOICE_NAME: Final = "[A-Za-z0-9_-]{1,64}"
+
+# Less than any engine holds from the start: it would be recycled for ever.
+_SMALLEST_RECYCLE_MB: Final = 256
+
 Flag = Annotated[bool, BeforeValidator(_true_or_false)]
 Directory = Annotated[Path, AfterValidator(_absolute)]
+File = Annotated[Path, AfterValidator(_absolute)]
+Aliases = Annotated[Mapping[str, str], BeforeValidator(_pairs), AfterValidator(MappingProxyType), PlainSerializer(dict)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_origins)]
+Recycle = Annotated[int, Field(ge=0, le=10_000_000), AfterValidator(_never_or_enough)]
 
 
 class Settings(BaseModel):
@@ -106,11 +158,44 @@ class Settings(BaseModel):
     longest_utterance_s: Annotated[int, Field(ge=1, le=3600)] = 120
     """An utterance that has run longer than this counts as hung: the watchdog pings stop."""
 
+    max_input_chars: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
+    """Longest text of one request, in characters; a longer one is answered 400."""
+
+    order: Literal["size", "fifo"] = "size"
+    """Whose piece is spoken next: the shortest request's (none waits for ever), or the oldest's."""
+
+    check_duration: Flag = True
+    """Speak a piece again whose sound is implausibly short or long for its text."""
+
+    aliases: Aliases = Field(default_factory=lambda: MappingProxyType({}))
+    """More names for voices, such as ``alloy`` for one of your own."""
+
+    max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = 25
+    """Largest recording that may be uploaded as a voice, in MB; a larger body is answered 413."""
+
+    api_keys_file: File | None = None
+    """``NAME KEY`` a line; ``None`` asks nobody for a key."""
+
+    cors_origins: Origins = ()
+    """Web pages whose scripts a browser lets read the answers; ``*`` is any."""
+
+    recycle_gpu_mb: Recycle = 0
+    """GPU memory in MB that torch may reserve before the process drains and starts afresh; 0 is never."""
+
+    recycle_host_mb: Recycle = 0
+    """Memory in MB that the process may hold before it drains and starts afresh; 0 is never."""
+
+    results_dir: Directory | None = None
+    """Where the results of jobs are kept; ``None`` keeps none."""
+
     visible_gpus: tuple[str, ...] = ()
     """Entries of CUDA_VISIBLE_DEVICES (indices or UUIDs); empty when it is not set."""
 
     invocation_id: str | None = None
     """INVOCATION_ID that systemd gave this start; tells a restarted process from the one before it."""
+
+    runtime_dir: Path | None = None
+    """RUNTIME_DIRECTORY that systemd gave this unit: what must outlive a restart, yet not a reboot."""
 
     @field_validator("autocast")
     @classmethod
@@ -138,10 +223,10 @@ class Settings(BaseModel):
                 told[field] = value
             else:
                 problems.append(f"{name}: unknown name{_near(name)}")
-        told["visible_gpus"] = tuple(
-            gpu.strip() for gpu in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()
-        )
+        told["visible_gpus"] = _listed(environ.get("CUDA_VISIBLE_DEVICES", ""))
         told["invocation_id"] = environ.get("INVOCATION_ID") or None
+        # systemd puts colons between several.
+        told["runtime_dir"] = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
         try:
             settings = cls.model_validate(told)
         except ValidationError as error:
@@ -156,7 +241,7 @@ class Settings(BaseModel):
 
 
 # What systemd, not an operator, tells us has no CHATTERBOX_ name.
-_FIELDS: Final = frozenset(Settings.model_fields) - {"visible_gpus", "invocation_id"}
+_FIELDS: Final = frozenset(Settings.model_fields) - {"visible_gpus", "invocation_id", "runtime_dir"}
 
 
 def _variable(field: str) -> str:

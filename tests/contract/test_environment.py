@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +28,9 @@ def told(files: Iterable[RenderedFile], instance: Instance) -> dict[str, str]:
     """The environment that systemd gives the instance, read from its unit file."""
     unit = next(file.text for file in files if file.path.name == systemd.unit_name(instance.name))
     words = [line.removeprefix("Environment=") for line in unit.splitlines() if line.startswith("Environment=")]
-    pairs = [pair for word in words for pair in shlex.split(word.replace("%%", "%"))]
+    credentials = f"/run/credentials/{systemd.unit_name(instance.name)}"
+    expanded = [re.sub("%[d%]", lambda found: {"%d": credentials, "%%": "%"}[found[0]], word) for word in words]
+    pairs = [pair for word in expanded for pair in shlex.split(word)]
     return dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -38,6 +42,7 @@ def check(resolved: Fleet, files: Iterable[RenderedFile]) -> None:
         assert read.instance == instance.name
         assert (read.host, read.port) == (instance.host, instance.port)
         assert read.visible_gpus == instance.gpus
+        assert read.max_upload_mb == resolved.front.max_upload_mb
 
 
 @pytest.mark.parametrize("case", OURS)
@@ -46,11 +51,21 @@ def test_the_server_understands_every_golden_unit(case: str) -> None:
 
 
 def test_a_unit_tells_every_setting_there_is() -> None:
-    resolved = fleet.resolve(config.load("[gpus]\n0 = 6093\n[server]\nweights = '/w'", source="f"))
+    server = """
+weights = '/w'
+api_keys_file = '/k'
+cors_origins = ['https://a.example', '*']
+aliases = { a = 'b', c = 'd' }
+"""
+    resolved = fleet.resolve(config.load(f"[gpus]\n0 = 6093\n[server]{server}", source="f"))
     (instance,) = resolved.instances
     environment = told(render.render(resolved, Templates(), source="f"), instance)
 
-    by_systemd = {"visible_gpus", "invocation_id"}
+    read = Settings.from_environ(environment)
+    assert read.api_keys_file == Path("/run/credentials/chatterbox-tts-gpu0.service/api-keys")
+    assert read.cors_origins == ("https://a.example", "*")
+    assert read.aliases == {"a": "b", "c": "d"}
+    by_systemd = {"visible_gpus", "invocation_id", "runtime_dir"}
     assert {name.removeprefix(PREFIX).lower() for name in environment if name.startswith(PREFIX)} == (
         set(Settings.model_fields) - by_systemd
     )
@@ -61,7 +76,7 @@ def test_both_sides_have_the_same_defaults() -> None:
     resolved = fleet.resolve(config.load("[gpus]\n0 = 6093", source="f"))
     (instance,) = resolved.instances
     environment = told(render.render(resolved, Templates(), source="f"), instance)
-    of_the_place = {"instance", "voices_dir", "visible_gpus"}
+    of_the_place = {"instance", "voices_dir", "results_dir", "visible_gpus"}
 
     assert Settings.from_environ(environment).model_dump(exclude=of_the_place) == Settings().model_dump(
         exclude=of_the_place

@@ -49,6 +49,8 @@ class _Instance:
     foreign: bool = False
     in_house: int = 0
     engine: asyncio.Lock = field(default_factory=asyncio.Lock)
+    broken: bool = False
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, event: str, headers: Mapping[str, str]) -> None:
         """One line to the journal that all instances share: an append of that size is atomic."""
@@ -59,26 +61,25 @@ class _Instance:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         open_requests: set[asyncio.Task[None]] = set()
-        stopping = asyncio.Event()
-        loop.add_signal_handler(signal.SIGTERM, stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
 
         async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
             self.note("connected", {})
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                while not stopping.is_set():
+                while not self.stopping.is_set():
                     open_requests.discard(task)
                     head = await reader.readuntil(b"\r\n\r\n")
                     open_requests.add(task)
-                    await self.answer(head, reader, writer, last=stopping.is_set)
+                    await self.answer(head, reader, writer, last=self.stopping.is_set)
             open_requests.discard(task)
             writer.close()
 
         server = await asyncio.start_server(connection, HOST, self.port, backlog=1024)
         _say("ready")
         # Graceful, as uvicorn is: refuse new connections, finish what was accepted, leave.
-        await stopping.wait()
+        await self.stopping.wait()
         server.close()
         while open_requests:
             await asyncio.sleep(0.005)
@@ -122,6 +123,8 @@ class _Instance:
                 }
                 status = int(query.get("status", "200"))
                 own = {"X-Queue-Wait": "0.25", "Content-Type": "application/json"}
+                if "unbuffered" in query:
+                    own["X-Accel-Buffering"] = "no"
                 if not self.foreign:
                     own |= {"X-Instance": self.name, "X-Request-Id": headers.get("x-request-id", "-")}
                 answer = json.dumps(said).encode() + b" " * int(query.get("bytes", "0"))
@@ -135,8 +138,18 @@ class _Instance:
         async with contextlib.AsyncExitStack() as stack:
             if "aside" not in query:
                 await stack.enter_async_context(self.engine)
+            refusal = {"Retry-After": "1", "Content-Type": "application/json"}
+            if self.broken:
+                await self.send(writer, 503, BUSY_BODY, refusal, close=True)
+                return False
             self.note("began", headers)
             await asyncio.sleep(float(query.get("seconds", self.speech_s)))
+            if "broken" in query:
+                # As one whose CUDA context is gone: says so, hands back what waits, and ends.
+                self.broken = True
+                self.stopping.set()
+                await self.send(writer, 503, BUSY_BODY, {**refusal, "X-Engine": "broken"}, close=True)
+                return False
             if "poison" in query:
                 os.kill(os.getpid(), signal.SIGKILL)
             if "stream" not in query:

@@ -326,6 +326,48 @@ def test_a_request_that_kills_is_handed_to_two_instances_at_most(tmp_path: Path,
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_request_that_breaks_engines_meets_two_instances_at_most(tmp_path: Path, count: int) -> None:
+    async def body() -> None:
+        with fleet(tmp_path, count) as (instances, front):
+            for number in range(10):
+                instances.revive()
+                name = f"broken-{number}"
+                reply = await ask(front.port, f"{SPEECH}?broken", headers={"X-Request-Id": name})
+                victims = instances.events("handed", name)
+                assert (error(reply), len(victims), len(set(victims))) == ((502, "no_instance"), 2, 2)
+                await asyncio.to_thread(instances.bury, victims)
+
+    asyncio.run(body())
+
+
+def test_a_lone_instance_whose_engine_broke_is_a_fleet_that_cannot_take_the_request_now(tmp_path: Path) -> None:
+    async def body() -> None:
+        with fleet(tmp_path, 1) as (_, front):
+            assert is_busy(await ask(front.port, f"{SPEECH}?broken"))
+
+    asyncio.run(body())
+
+
+def test_what_waits_where_an_engine_breaks_is_spoken_elsewhere(tmp_path: Path) -> None:
+    async def body() -> None:
+        with fleet(tmp_path, 4, speech_s=0.02) as (instances, front):
+            killer = asyncio.create_task(
+                ask(front.port, f"{SPEECH}?broken&seconds=0.3", headers={"X-Request-Id": "killer"})
+            )
+            await until(lambda: instances.events("began", "killer"))
+            # Some wait behind it at the first, some at the second; some at both, and those are not the killer.
+            replies = await load(front.port, 200, at_once=40)
+            assert error(await killer) == (502, "no_instance")
+            assert len(instances.events("handed", "killer")) == 2
+            assert lost(replies) == 0
+            # It did hurt: some were handed over again.
+            assert len(instances.events("handed")) > 202
+            assert len(instances.events("answered")) == 200
+
+    asyncio.run(body())
+
+
 def test_full_instances_on_its_way_do_not_buy_a_request_that_kills_a_third(tmp_path: Path) -> None:
 
     async def body() -> None:
@@ -516,6 +558,28 @@ def test_a_stream_is_passed_on_as_it_comes(tmp_path: Path) -> None:
     asyncio.run(body())
 
 
+def test_an_instance_may_ask_for_no_buffer(tmp_path: Path) -> None:
+    size = 48 * MEGABYTE
+
+    async def body() -> None:
+        with fleet(tmp_path, 1) as (instances, front):
+            reader, writer = await asyncio.open_connection(HOST, front.port)
+            writer.write(
+                f"POST {SPEECH}?unbuffered&bytes={size} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode()
+            )
+            head = await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.5)
+            # More than fits between the two, and nobody reads.
+            assert instances.events("answered") == []
+            assert b"x-accel-buffering" not in head.lower()
+            assert len(await reader.read()) > size
+            await until(lambda: instances.events("answered"))
+            writer.close()
+            await writer.wait_closed()
+
+    asyncio.run(body())
+
+
 def test_an_instance_learns_that_its_client_hung_up(tmp_path: Path) -> None:
     async def body() -> None:
         with fleet(tmp_path) as (instances, front):
@@ -553,6 +617,40 @@ def test_any_other_request_id_is_replaced(tmp_path: Path, unwanted: str | None) 
             (fresh,) = reply.all("X-Request-Id")
             assert re.fullmatch("[0-9a-f]{32}", fresh)
             assert reply.json()["headers"]["x-request-id"] == fresh
+
+    asyncio.run(body())
+
+
+def test_an_instance_learns_how_long_the_request_waited_elsewhere(tmp_path: Path) -> None:
+    async def body() -> None:
+        with fleet(tmp_path, 2, speech_s=0.1) as (instances, front):
+            at_once = await ask(front.port, headers={"X-Waited": "99"})
+            assert at_once.json()["headers"]["x-waited"] == "0"
+            later = asyncio.create_task(ask(front.port, f"{SPEECH}?seconds=0.5", headers={"X-Request-Id": "later"}))
+            await until(lambda: instances.events("began", "later"))
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(instances.kill, instances.events("began", "later")[0])
+            assert 0.2 <= float((await later).json()["headers"]["x-waited"]) < 60
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_an_instance_learns_whose_request_it_is_and_nobody_can_pose_as_another(tmp_path: Path, *, keys: bool) -> None:
+    keys_file = tmp_path / "keys.map"
+    keys_file.write_text('"~^Bearer sesame$" anna;\n')
+
+    async def body() -> None:
+        with fleet(tmp_path, front={"api_keys_file": keys_file} if keys else None) as (instances, front):
+            for name in (None, "gpu0"):
+                # The second time some come by another pass.
+                if name is not None:
+                    instances.kill(name)
+                for forged in ("X-Client", "x-client", "X_Client"):
+                    reply = await ask(front.port, headers={forged: "bob", "Authorization": "Bearer sesame"})
+                    said = reply.json()["headers"]
+                    assert said["x-client"] == ("anna" if keys else HOST)
+                    assert "bob" not in said.values()
 
     asyncio.run(body())
 
@@ -676,6 +774,16 @@ def test_without_keys_the_authorization_reaches_the_server(tmp_path: Path) -> No
         with fleet(tmp_path) as (_, front):
             reply = await ask(front.port, headers={"Authorization": "Bearer theirs"})
             assert reply.json()["headers"]["authorization"] == "Bearer theirs"
+
+    asyncio.run(body())
+
+
+def test_metrics_are_each_instances_own(tmp_path: Path) -> None:
+    async def body() -> None:
+        with fleet(tmp_path) as (instances, front):
+            assert error(await ask(front.port, "/metrics", method="GET")) == (404, "not_found")
+            assert error(await ask(front.port, "/metrics?x", method="POST")) == (404, "not_found")
+            assert instances.events("handed") == []
 
     asyncio.run(body())
 

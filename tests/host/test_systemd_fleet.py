@@ -20,6 +20,7 @@ pytestmark = pytest.mark.systemd
 FLEET_TOML = "/etc/chatterbox-tts/fleet.toml"
 FRONT = "http://127.0.0.1:6095"
 GPU0, GPU1 = "chatterbox-tts-gpu0.service", "chatterbox-tts-gpu1.service"
+KEY = "open-sesame-open-sesame"
 ENABLE = ("systemctl", "enable", "--now", "chatterbox-tts.target")
 
 # Written to fleet.toml as JSON strings, which TOML reads the same; each must reach the process unchanged.
@@ -228,3 +229,44 @@ def test_a_server_of_ones_own_runs_unchanged_on_each_gpu(boot: Callable[[], Sand
 
     assert sorted(said.split()) == ["unchangedgpu0", "unchangedgpu0", "unchangedgpu1", "unchangedgpu1"]
     assert sandbox.show(GPU0, "Type") == "exec"
+
+
+def test_each_instance_has_a_copy_of_the_keys_and_a_place_that_outlives_its_restarts(
+    boot: Callable[[], Sandbox],
+) -> None:
+    sandbox = boot()
+    copy, place, file = f"/run/credentials/{GPU0}/api-keys", "/run/chatterbox-tts-gpu0", "/etc/chatterbox-tts/api-keys"
+    sandbox.run("bash", "-euc", f"mkdir /etc/chatterbox-tts; umask 077; echo ada {KEY} > {file}")
+    install(
+        sandbox,
+        (golden.FOLDER / "espeak/fleet.toml").read_text().replace("[server]", f"[server]\napi_keys_file = '{file}'"),
+    )
+    both_ready(sandbox)
+
+    def as_the_instance(script: str, unit: str = GPU0) -> str:
+        process = sandbox.show(unit, "MainPID")
+        user = sandbox.run("stat", "--format=%u", f"/proc/{process}").strip()
+        inside = ("nsenter", f"--target={process}", "--mount", "--wd=/", "setpriv", f"--reuid={user}", "--clear-groups")
+        return sandbox.run(*inside, "sh", "-euc", script).strip()
+
+    variables = sandbox.run("cat", f"/proc/{sandbox.show(GPU0, 'MainPID')}/environ").split("\0")
+    assert f"CHATTERBOX_API_KEYS_FILE={copy}" in variables
+    assert f"RUNTIME_DIRECTORY={place}" in variables
+    assert as_the_instance(f"cat {copy}; test -r {file} || echo only the copy") == f"ada {KEY}\nonly the copy"
+    results = "/var/cache/chatterbox-tts/results"
+    as_the_instance(f"echo 1 > {place}/mark; echo sound > {results}/from-gpu0")
+    assert as_the_instance(f"cat {results}/from-gpu0", GPU1) == "sound"
+
+    # A changed file comes with the next start; what the instance wrote in its place is still there.
+    sandbox.run("sh", "-c", f"echo bob {KEY} > {file}")
+    sandbox.run("systemctl", "kill", "--signal=KILL", GPU0)
+    sandbox.wait_until(f'test "$(systemctl show --value --property=NRestarts {GPU0})" -gt 0')
+    sandbox.wait_until(f"systemctl is-active --quiet {GPU0}")
+    assert as_the_instance(f"cat {copy} {place}/mark") == f"bob {KEY}\n1"
+    sandbox.run("systemctl", "restart", GPU0)
+    assert as_the_instance(f"cat {place}/mark") == "1"
+
+    sandbox.run("systemctl", "stop", GPU0)
+    assert sandbox.run("sh", "-c", f"test -e {place}/mark || echo gone") == "gone\n"
+    sandbox.run("systemctl", "start", GPU0)
+    assert as_the_instance(f"test -e {place}/mark || echo gone") == "gone"

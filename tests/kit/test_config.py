@@ -24,6 +24,7 @@ def problems(text: str) -> list[str]:
 GPU_KEY = "should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, or two of them ('2,3')"
 ONE_GPU = "[gpus]\n0 = 6093\n"
 LISTEN = "should be ADDRESS:PORT, such as '127.0.0.1:6095', '0.0.0.0:80' or '[::1]:6095'"
+ORIGIN = "should be '*' or like 'https://example.com' or 'http://localhost:3000': lower case, no path"
 PATH = "should be an absolute path without spaces, '..' or characters special to nginx or systemd"
 
 REJECTED = [
@@ -141,6 +142,54 @@ REJECTED = [
         ONE_GPU + '[server.environment]\nA = "1\\n2"',
         ["server.environment.A: should be one line of printable characters, got '1\\n2'"],
     ),
+    (
+        ONE_GPU + "[server]\norder = 'lifo'\nmax_input_chars = 0\ncheck_duration = 1",
+        [
+            "server.max_input_chars: input should be greater than or equal to 1, got 0",
+            "server.order: input should be 'size' or 'fifo', got 'lifo'",
+            "server.check_duration: input should be a valid boolean, got 1",
+        ],
+    ),
+    (
+        ONE_GPU + "[server.aliases]\nalloy = '../anna'\nnova = 1",
+        [
+            "server.aliases.alloy: should be a voice's name: 1 to 64 letters, digits, '_' and '-', got '../anna'",
+            "server.aliases.nova: input should be a valid string, got 1",
+        ],
+    ),
+    (
+        ONE_GPU + "[server.aliases]\n'a=b,c' = 'anna'",
+        ["server.aliases.a=b,c: should be a voice's name: 1 to 64 letters, digits, '_' and '-', got 'a=b,c'"],
+    ),
+    (ONE_GPU + "[server]\naliases = 'alloy=anna'", ["server.aliases: should be a table, got 'alloy=anna'"]),
+    (
+        ONE_GPU + "[server]\ncors_origins = ['https://chat.example/', '*', 'chat.example']",
+        [
+            f"server.cors_origins.0: {ORIGIN}, got 'https://chat.example/'",
+            f"server.cors_origins.2: {ORIGIN}, got 'chat.example'",
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\nrecycle_gpu_mb = 255\nrecycle_host_mb = -1",
+        [
+            "server.recycle_gpu_mb: should be 0 (never) or at least 256, got 255",
+            "server.recycle_host_mb: input should be greater than or equal to 0, got -1",
+        ],
+    ),
+    (ONE_GPU + "[server]\napi_keys_file = 'keys'", [f"server.api_keys_file: {PATH}, got 'keys'"]),
+    (
+        ONE_GPU + "[nginx]\napi_keys_file = '/k'\n[server]\napi_keys_file = '/k'\ncors_origins = ['*']",
+        [
+            "server.api_keys_file: has no meaning with nginx.api_keys_file, which asks first and keeps the key from "
+            "the instances; give one of the two",
+            "server.cors_origins: a browser first asks without a key (OPTIONS), which nginx.api_keys_file refuses; "
+            "give server.api_keys_file instead",
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\ncommand = ['/srv/serve', '{port}']\napi_keys_file = '/k'",
+        ["server.api_keys_file: has no meaning with server.command; give it to that server in its own way"],
+    ),
     # unknown keys, and the nearest known one
     (
         ONE_GPU + "[unit]\nstart_timout_s = 3",
@@ -199,6 +248,7 @@ def test_a_public_address_is_accepted_with_keys_or_with_the_explicit_word() -> N
     public = ONE_GPU + "[nginx]\nlisten = '0.0.0.0:80'\n"
 
     assert config.load(public + "api_keys_file = '/etc/keys'", source="f").nginx.api_keys_file == "/etc/keys"
+    assert config.load(public + "[server]\napi_keys_file = '/etc/keys'", source="f").server.api_keys_file == "/etc/keys"
     assert config.load(public + "allow_anonymous = true", source="f").nginx.allow_anonymous
 
 

@@ -77,6 +77,15 @@ def test_outer_timeouts_outlast_inner_ones() -> None:
     resolved = resolve("[gpus]\n0 = 6093\n[server]\nmax_wait_s = 100\nlongest_utterance_s = 1000")
 
     assert resolved.front.read_timeout_s > 1100
+    # What waits is handed back at once.
+    assert resolved.service.stop_timeout_s > 1000
+
+
+def test_a_server_of_ones_own_may_finish_all_that_it_accepted() -> None:
+    resolved = resolve(
+        "[gpus]\n0 = 6093\n[server]\nmax_wait_s = 100\nlongest_utterance_s = 1000\ncommand = ['/srv/serve', '{port}']"
+    )
+
     assert resolved.service.stop_timeout_s > 1100
 
 

@@ -43,7 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(SHIPPED_UNITS, root / "usr/lib/systemd/system", symlinks=True)
     (root / "lib").symlink_to("usr/lib")
-    for program in ("bin/sh", "usr/bin/systemctl"):
+    for program in ("bin/sh", "bin/kill", "usr/bin/systemctl"):
         place_program(root, f"/{program}")
     return root
 

@@ -30,8 +30,19 @@ def test_every_variable_of_the_contract_is_read() -> None:
             "CHATTERBOX_QUEUE_SIZE": "0",
             "CHATTERBOX_MAX_WAIT_S": "5",
             "CHATTERBOX_LONGEST_UTTERANCE_S": "3600",
+            "CHATTERBOX_MAX_INPUT_CHARS": "5000",
+            "CHATTERBOX_ORDER": "fifo",
+            "CHATTERBOX_CHECK_DURATION": "false",
+            "CHATTERBOX_ALIASES": "alloy=anna, nova=bob",
+            "CHATTERBOX_MAX_UPLOAD_MB": "50",
+            "CHATTERBOX_API_KEYS_FILE": "/run/credentials/x/api-keys",
+            "CHATTERBOX_CORS_ORIGINS": "https://chat.example, http://[::1]:3000",
+            "CHATTERBOX_RECYCLE_GPU_MB": "256",
+            "CHATTERBOX_RECYCLE_HOST_MB": "0",
+            "CHATTERBOX_RESULTS_DIR": "/srv/results",
             "CUDA_VISIBLE_DEVICES": "2, GPU-8f3c2a1b",
             "INVOCATION_ID": "abc",
+            "RUNTIME_DIRECTORY": "/run/chatterbox-tts-gpu0:/run/other",
             "NOTIFY_SOCKET": "/run/systemd/notify",
             "PATH": "/usr/bin",
         }
@@ -50,8 +61,19 @@ def test_every_variable_of_the_contract_is_read() -> None:
         queue_size=0,
         max_wait_s=5,
         longest_utterance_s=3600,
+        max_input_chars=5000,
+        order="fifo",
+        check_duration=False,
+        aliases={"alloy": "anna", "nova": "bob"},
+        max_upload_mb=50,
+        api_keys_file=Path("/run/credentials/x/api-keys"),
+        cors_origins=("https://chat.example", "http://[::1]:3000"),
+        recycle_gpu_mb=256,
+        recycle_host_mb=0,
+        results_dir=Path("/srv/results"),
         visible_gpus=("2", "GPU-8f3c2a1b"),
         invocation_id="abc",
+        runtime_dir=Path("/run/chatterbox-tts-gpu0"),
     )
 
 
@@ -73,6 +95,10 @@ cannot start: the environment has 4 problems
     )
 
 
+PAIRS = "input should be ALIAS=VOICE, with commas between; names are 1 to 64 letters, digits, '_' and '-'"
+ORIGIN = "input should be '*' or like 'https://example.com' or 'http://localhost:3000': lower case, no path"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
@@ -88,6 +114,24 @@ cannot start: the environment has 4 problems
         ("VOICES_DIR", "", "input should be an absolute path, got ''"),
         ("QUEUE_SIZE", "1001", "input should be less than or equal to 1000, got '1001'"),
         ("MAX_WAIT_S", "0", "input should be greater than or equal to 1, got '0'"),
+        ("MAX_INPUT_CHARS", "1000001", "input should be less than or equal to 1000000, got '1000001'"),
+        ("ORDER", "lifo", "input should be 'size' or 'fifo', got 'lifo'"),
+        ("CHECK_DURATION", "1", "input should be 'true' or 'false', got '1'"),
+        ("ALIASES", "alloy", f"{PAIRS}, got 'alloy'"),
+        ("ALIASES", "alloy=an na", f"{PAIRS}, got 'alloy=an na'"),
+        ("ALIASES", "alloy=../anna", f"{PAIRS}, got 'alloy=../anna'"),
+        ("ALIASES", "alloy=a=b", f"{PAIRS}, got 'alloy=a=b'"),
+        ("ALIASES", "alloy=anna,alloy=bob", "input should name 'alloy' once, got 'alloy=anna,alloy=bob'"),
+        ("MAX_UPLOAD_MB", "0", "input should be greater than or equal to 1, got '0'"),
+        ("API_KEYS_FILE", "keys", "input should be an absolute path, got 'keys'"),
+        ("CORS_ORIGINS", "chat.example", f"{ORIGIN}, got 'chat.example'"),
+        ("CORS_ORIGINS", "*,https://chat.example/", f"{ORIGIN}, got 'https://chat.example/'"),
+        ("CORS_ORIGINS", "https://Chat.example", f"{ORIGIN}, got 'https://Chat.example'"),
+        ("CORS_ORIGINS", "ftp://chat.example", f"{ORIGIN}, got 'ftp://chat.example'"),
+        ("RECYCLE_GPU_MB", "255", "input should be 0 (never) or at least 256, got '255'"),
+        ("RECYCLE_HOST_MB", "10000001", "input should be less than or equal to 10000000, got '10000001'"),
+        ("RESULTS_DIR", "results", "input should be an absolute path, got 'results'"),
+        ("RUNTIME_DIR", "/run/x", "unknown name"),
         ("port", "6093", "unknown name (did you mean 'CHATTERBOX_PORT'?)"),
         ("VISIBLE_GPUS", "0", "unknown name"),
     ],
@@ -97,6 +141,15 @@ def test_a_value_that_does_not_fit_is_named(name: str, value: str, problem: str)
         Settings.from_environ({f"CHATTERBOX_{name}": value})
 
     assert told.value.problems == (f"CHATTERBOX_{name}: {problem}",)
+
+
+def test_settings_cannot_be_changed_once_they_are_read() -> None:
+    told = {"alloy": "anna"}
+    settings = Settings(aliases=told)
+    told["alloy"] = "eve"
+
+    assert settings.aliases == {"alloy": "anna"}
+    assert not hasattr(settings.aliases, "__setitem__")
 
 
 def test_autocast_is_refused_without_cuda() -> None:

@@ -46,6 +46,9 @@ def gpu_tables(draw: DrawFn) -> dict[str, int | list[int]]:
     return table
 
 
+_VOICES = st.text("abcXYZ019_-", min_size=1, max_size=64)
+_RECYCLES = st.just(0) | st.integers(256, 10_000_000)
+
 _OUR_SERVER = st.fixed_dictionaries(
     {},
     optional={
@@ -60,6 +63,14 @@ _OUR_SERVER = st.fixed_dictionaries(
         "queue_size": st.integers(0, 1000),
         "max_wait_s": st.integers(1, 3600),
         "longest_utterance_s": st.integers(1, 3600),
+        "max_input_chars": st.integers(1, 1_000_000),
+        "order": st.sampled_from(["size", "fifo"]),
+        "check_duration": st.booleans(),
+        "aliases": st.dictionaries(_VOICES, _VOICES, max_size=3),
+        "api_keys_file": _PATHS,
+        "cors_origins": st.lists(st.sampled_from(["*", "https://chat.example", "http://[::1]:3000"]), max_size=3),
+        "recycle_gpu_mb": _RECYCLES,
+        "recycle_host_mb": _RECYCLES,
         "cpu_threads": st.integers(1, 256),
         "environment": st.dictionaries(st.sampled_from(["HF_ENDPOINT", "LC_ALL", "X_1"]), _WORDS),
     },
@@ -102,6 +113,10 @@ def fleet_tables(draw: DrawFn) -> dict[str, Any]:
         table["nginx"] = {"listen": "127.0.0.2:80"}
     if draw(st.booleans()):
         table["server"] = draw(_OUR_SERVER | _OTHER_SERVER)
+        if "api_keys_file" in table.get("nginx", {}):
+            # nginx asks for the key, so no instance can, and no browser comes through.
+            for key in ("api_keys_file", "cors_origins"):
+                table["server"].pop(key, None)
     if draw(st.booleans()):
         table["unit"] = draw(_UNIT)
     return table

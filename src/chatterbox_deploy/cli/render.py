@@ -137,12 +137,15 @@ def _commands(changes: Changes) -> list[str]:
 
 
 def _tell_missing_keys(host: LocalHost, resolved: Fleet) -> None:
-    """nginx refuses to start without the file, and with it every other site on this machine."""
-    keys = resolved.front.api_keys_file
+    """Without its file an instance does not start, nor does nginx, and with it every other site on this machine."""
     installed = host.at(render.FRONT_PATH) == Path(render.FRONT_PATH)
-    if keys is not None and installed and host.read_bytes(PurePosixPath(keys)) is None:
-        click.echo(
-            "before that, make the key file, or nginx will not start:\n"
-            f'  printf \'"~^Bearer %s$" NAME;\\n\' "$(openssl rand -hex 24)" | install -D -m 600 /dev/stdin {keys}',
-            err=True,
-        )
+    for keys, who, line in (
+        (resolved.front.api_keys_file, "nginx", '"~^Bearer %s$" NAME;'),
+        (resolved.service.api_keys_file, "an instance", "NAME %s"),
+    ):
+        if keys is not None and installed and host.read_bytes(PurePosixPath(keys)) is None:
+            click.echo(
+                f"before that, make the key file, or {who} will not start:\n"
+                f"  printf '{line}\\n' \"$(openssl rand -hex 24)\" | install -D -m 600 /dev/stdin {keys}",
+                err=True,
+            )
