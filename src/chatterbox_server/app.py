@@ -1,5 +1,6 @@
 """The HTTP application around one engine. Nothing happens until its lifetime begins."""
 
+import functools
 import logging
 import re
 import time
@@ -10,12 +11,18 @@ from typing import Final
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chatterbox_server import problems
-from chatterbox_server.engine import Engine, EngineBroken, Utterance
+from chatterbox_server import logs, problems, speaker
+from chatterbox_server.engine import Engine, Utterance
+from chatterbox_server.keys import OPEN, Keys, RequireKey
+from chatterbox_server.limits import BodyLimit, longest_json
+from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
+from chatterbox_server.order import order
 from chatterbox_server.queue import EngineQueue
 from chatterbox_server.routes import health, models, speech, voices
+from chatterbox_server.routes import metrics as metrics_route
 from chatterbox_server.service import Service
 from chatterbox_server.settings import Settings
 from chatterbox_server.voices import Library
@@ -24,29 +31,53 @@ log = logging.getLogger(__name__)
 
 WARM_UP: Final = "Ready to speak."
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_PROBES: Final = ("/healthz", "/readyz")
+_QUIET: Final = OPEN | {"/metrics"}
+"""Asked every few seconds by machines: logged only when something is wrong."""
+
+DESCRIPTION: Final = """One Chatterbox model as OpenAI's speech API.
+
+`curl --json '{"input": "Hello.", "response_format": "wav"}' http://127.0.0.1:6093/v1/audio/speech -o hello.wav`
+"""
 
 
-def create_app(
-    load: Callable[[], Engine],
-    settings: Settings,
-    *,
-    on_broken: Callable[[EngineBroken], None] | None = None,
-) -> FastAPI:
+def create_app(load: Callable[[], Engine], settings: Settings, *, keys: Keys | None = None) -> FastAPI:
     """An app whose lifetime loads the engine, lets it speak once, and only then takes requests.
 
     Args:
         load: called once, on the thread that will own the engine.
         settings: what this instance was told.
-        on_broken: called when the engine can never speak again; without it the app stays and answers 503.
+        keys: who may speak; ``None``: anybody.
     """
-    queue = EngineQueue(load, size=settings.queue_size, max_wait_s=settings.max_wait_s, on_broken=on_broken)
-    app = FastAPI(title="Chatterbox speech server", lifespan=lifetime)
-    app.state.service = Service(settings, queue, Library(settings.voices_dir), int(time.time()))
-    for routes in (speech, voices, models, health):
+    queue = EngineQueue(
+        load,
+        functools.partial(speaker.speak, check_duration=settings.check_duration),
+        order=order(settings.order, max_wait_s=settings.max_wait_s),
+        size=settings.queue_size,
+        max_wait_s=settings.max_wait_s,
+        longest_utterance_s=settings.longest_utterance_s,
+    )
+    metrics = Metrics(restarts=count_start(settings.runtime_dir))
+    library = Library(settings.voices_dir, settings.aliases)
+    # The version is that of the API: which server this is, is nobody's business.
+    app = FastAPI(title="Chatterbox speech server", version="1", description=DESCRIPTION, lifespan=lifetime)
+    app.state.service = Service(settings, queue, library, metrics, int(time.time()))
+    for routes in (speech, voices, models, health, metrics_route):
         app.include_router(routes.router)
     problems.install(app)
-    app.add_middleware(Envelope, instance=settings.instance)
+    upload_bytes = settings.max_upload_mb * 1_000_000
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, json_bytes=longest_json(settings.max_input_chars), upload_bytes=upload_bytes)
+    if keys is not None:
+        app.add_middleware(RequireKey, keys=keys)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    app.add_middleware(Envelope, instance=settings.instance, metrics=metrics)
     return app
 
 
@@ -56,10 +87,14 @@ async def lifetime(app: FastAPI) -> AsyncIterator[None]:
     service: Service = app.state.service
     began_s = time.monotonic()
     engine = await service.queue.start()
+    service.metrics.watch(functools.partial(_gauges, service))
+    service.metrics.loaded(model=engine.model, engine=engine.name, instance=service.settings.instance)
     try:
         loaded_s = time.monotonic()
         # First words take longest (kernels are chosen, caches filled): better now than in a request.
-        await service.queue.speak(warm_up(engine))
+        async with service.queue.admit([warm_up(engine)]) as place:
+            async for _ in place:
+                pass
         log.info(
             "%s speaks: loaded in %.1f s, first words in %.1f s",
             engine.model,
@@ -69,6 +104,19 @@ async def lifetime(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await service.queue.close()
+
+
+def _gauges(service: Service) -> Gauges:
+    queue, memory = service.queue, service.queue.memory
+    return Gauges(
+        waiting=queue.waiting,
+        running=queue.running,
+        ready=service.ready,
+        gpu_memory_allocated_bytes=None if memory is None else memory.allocated_bytes,
+        gpu_memory_reserved_bytes=None if memory is None else memory.reserved_bytes,
+        gpu_memory_free_bytes=None if memory is None else memory.free_bytes,
+        gpu_memory_total_bytes=None if memory is None else memory.total_bytes,
+    )
 
 
 def warm_up(engine: Engine) -> Utterance:
@@ -84,14 +132,15 @@ def warm_up(engine: Engine) -> Utterance:
 
 
 class Envelope:
-    """What every answer carries (instance, request id) and the one log line of every request.
+    """What every answer carries (instance, request id), its count in the metrics, and its one line in the log.
 
     Plain ASGI, for a middleware that wraps ``receive`` would hide from the routes that a client has left.
     """
 
-    def __init__(self, app: ASGIApp, *, instance: str) -> None:
+    def __init__(self, app: ASGIApp, *, instance: str, metrics: Metrics) -> None:
         self._app = app
         self._instance = instance
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,18 +148,18 @@ class Envelope:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
         began_s = time.monotonic()
+        state = scope.setdefault("state", {})
+        state |= {"request_id": request_id, "began_s": began_s, "log": {}}
         status: int | None = None
-        wait = "-"
 
         async def send_enveloped(message: Message) -> None:
-            nonlocal status, wait
+            nonlocal status
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Instance"] = self._instance
                 headers["X-Request-Id"] = request_id
-                status, wait = message["status"], headers.get("x-queue-wait", "-")
+                status = message["status"]
             await send(message)
 
         try:
@@ -123,21 +172,16 @@ class Envelope:
             answer = problems.problem(500, "the server has a bug; its log has more", code="internal_error")
             await answer(scope, receive, send_enveloped)
         finally:
-            quiet = scope["path"] in _PROBES and status == 200
-            log.log(
-                logging.DEBUG if quiet else logging.INFO,
-                '%s %s %s request=%s queue_wait=%s seconds=%.3f outcome="%s"',
-                scope["method"],
-                scope["path"].encode("unicode_escape").decode(),
-                status or "-",
-                request_id,
-                wait,
-                time.monotonic() - began_s,
-                state.get("outcome", _outcome(status)),
-            )
-
-
-def _outcome(status: int | None) -> str:
-    if status is None:
-        return "no answer"
-    return "answered" if status < 400 else "refused" if status < 500 or status == 503 else "failed"
+            outcome = state.get("outcome", outcome_of(status))
+            self._metrics.request_ended(route=route_of(scope), outcome=outcome)
+            said = {
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "request": request_id,
+                "client": state.get("client"),
+                "outcome": outcome,
+                "seconds": time.monotonic() - began_s,
+            }
+            quiet = scope["path"] in _QUIET and status == 200
+            log.log(logging.DEBUG if quiet else logging.INFO, "%s", logs.pairs(**said, **state["log"]))

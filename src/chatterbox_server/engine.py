@@ -13,6 +13,10 @@ class EngineError(Exception):
     """The engine could not do its work, and not because of what was asked."""
 
 
+class OutOfMemory(EngineError):
+    """The utterance did not fit into the GPU's memory; a shorter one may, once ``free`` was called."""
+
+
 class EngineBroken(EngineError):
     """The engine will never speak again in this process (a CUDA error that poisons the context)."""
 
@@ -56,6 +60,19 @@ class Utterance:
     """Chosen at the door when the client gave none, so that every answer can be repeated."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """Of all GPUs that the engine uses, together."""
+
+    allocated_bytes: int
+    """In tensors of this process."""
+    reserved_bytes: int
+    """Held by this process, tensors or not."""
+    free_bytes: int
+    """Held by nobody."""
+    total_bytes: int
+
+
 class Engine(Protocol):
     """A loaded model. Not thread-safe: the queue calls it from one worker thread."""
 
@@ -64,10 +81,10 @@ class Engine(Protocol):
     model: str
     """What is loaded, as ``/v1/models`` names it."""
     sample_rate_hz: int
-    max_chars: int
-    """Longest text of one utterance."""
-    max_chars_reason: str
-    """Why there is that limit, in words that end an error message."""
+    longest_piece: int
+    """Characters of one utterance that it speaks well; longer text is split before it comes here."""
+    tokens_per_audio_s: float | None
+    """Speech tokens it makes for a second of sound; ``None`` where it knows no tokens."""
     speeds: tuple[float, float]
     """Slowest and fastest pace; both 1.0 where the engine has only its own."""
     languages: tuple[str, ...]
@@ -79,11 +96,21 @@ class Engine(Protocol):
         """What ``/readyz`` reports, as JSON values; answers at once, also while an utterance runs."""
         ...
 
+    def memory(self) -> GpuMemory | None:
+        """What is held now; ``None`` without a GPU. Called between utterances, on the engine's thread."""
+        ...
+
+    def free(self) -> None:
+        """Give back what is cached and not in use; called between utterances, on the engine's thread."""
+        ...
+
     def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
         """Return mono samples in [-1, 1] at ``sample_rate_hz``.
 
         Raises:
             Refused: the voice or another part of the utterance cannot be used.
-            EngineError: anything else; ``EngineBroken`` when the process must be replaced.
+            OutOfMemory: it did not fit.
+            EngineBroken: the process must be replaced.
+            EngineError: anything else.
         """
         ...

@@ -3,15 +3,23 @@
 import os
 import socket
 from collections.abc import Mapping
+from typing import Final
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
 WATCHDOG = "WATCHDOG=1"
 
+PATIENCE_S: Final = 0.1
+
 
 def status(words: str) -> str:
     """The line that ``systemctl status`` shows."""
     return f"STATUS={' '.join(words.split())}"
+
+
+def extend_timeout(seconds: int) -> str:
+    """The start or stop that is under way may take so much longer from now."""
+    return f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}"
 
 
 def send(environ: Mapping[str, str], *lines: str) -> bool:
@@ -25,6 +33,8 @@ def send(environ: Mapping[str, str], *lines: str) -> bool:
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as datagrams:
+        # Were systemd's ear full, waiting for it would stop everybody here.
+        datagrams.settimeout(PATIENCE_S)
         try:
             datagrams.sendto("\n".join(lines).encode(), address)
         except OSError:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -9,9 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from chatterbox_server.audio import NotSound
-from chatterbox_server.engine import EngineBroken, EngineError, Refused
+from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory, Refused
 from chatterbox_server.queue import Busy
-from chatterbox_server.voices import UnknownVoice
+from chatterbox_server.recordings import NotARecording
+from chatterbox_server.voices import BadName, LibraryFull, LibraryReadOnly, NameTaken, UnknownVoice
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     for wrong in (BadRequest, Refused, UnknownVoice):
         app.add_exception_handler(wrong, _refused)
+    for kept_out in _OF_VOICES:
+        app.add_exception_handler(kept_out, _not_kept)
     app.add_exception_handler(Busy, _busy)
     for failed in (EngineError, NotSound):
         app.add_exception_handler(failed, _failed)
@@ -85,9 +89,26 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-async def _refused(_request: Request, error: Exception) -> JSONResponse:
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, UnknownVoice) and "name" in request.path_params:
+        return problem(404, str(error), param="name", code="not_found")
     param = "voice" if isinstance(error, UnknownVoice) else getattr(error, "param", None)
     return problem(400, str(error), param=param, code="invalid_value")
+
+
+# Why a voice could not be kept, renamed or removed: status, the field to blame, code.
+_OF_VOICES: Final[dict[type[Exception], tuple[int, str | None, str]]] = {
+    NotARecording: (400, "file", "invalid_value"),
+    BadName: (400, "name", "invalid_value"),
+    NameTaken: (409, "name", "name_taken"),
+    LibraryFull: (409, None, "library_full"),
+    LibraryReadOnly: (403, None, "read_only"),
+}
+
+
+async def _not_kept(_request: Request, error: Exception) -> JSONResponse:
+    status, param, code = _OF_VOICES[type(error)]
+    return problem(status, str(error), param=param, code=code)
 
 
 async def _busy(_request: Request, error: Exception) -> JSONResponse:
@@ -97,7 +118,12 @@ async def _busy(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed(_request: Request, error: Exception) -> JSONResponse:
-    log.error("cannot speak: %s", error, exc_info=error)
     if isinstance(error, EngineBroken):
-        return unavailable(str(error), retry_after_s=1, code="engine_broken")
+        # Said to nobody but the one who was being spoken: the front counts how many engines a request breaks.
+        answer = unavailable(str(error), retry_after_s=1, code="engine_broken")
+        answer.headers["X-Engine"] = "broken"
+        return answer
+    log.error("cannot speak: %s", error, exc_info=error)
+    if isinstance(error, OutOfMemory):
+        return unavailable(str(error), retry_after_s=1, code="out_of_memory")
     return problem(500, str(error), code="engine_error")

@@ -1,24 +1,46 @@
-"""Admission, order, deadlines and cancellation before the one thread that owns the engine. Knows no HTTP."""
+"""Admission, deadlines, cancellation, and the one thread that owns the engine. Knows no HTTP.
+
+A request is a list of utterances. The engine is asked for one at a time, and between any two of them ``order``
+decides anew whose is next: a short request slips in between the pieces of a book.
+"""
 
 import asyncio
 import contextlib
 import math
-import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import Engine, EngineBroken, EngineError, Refused, Utterance
+from chatterbox_server.engine import Engine, EngineBroken, EngineError, GpuMemory, Refused, Utterance
+from chatterbox_server.metrics import Failure
+from chatterbox_server.order import Claim, Order
+from chatterbox_server.speaker import Sound
 
 RECENT: Final = 32
-"""Utterances whose mean time foretells the next one."""
+"""Utterances whose pace foretells the next one's."""
+
+AHEAD: Final = 2
+"""Spoken utterances that may wait for a slow reader; the engine goes on with others until one is taken."""
+
+IDLE_S: Final = 5.0
+"""Without work for so long, the engine gives back the memory that it only caches."""
+
+FAR_BEYOND: Final = 10
+"""An utterance that takes so many times what its length foretells is stuck …"""
+
+SHORTEST_PATIENCE_S: Final = 30.0
+"""… but not before this: a voice that is heard first, or shapes new to cuDNN, take seconds."""
+
+
+STUCK: Final = "the engine is stuck"
 
 
 class Busy(Exception):
@@ -39,55 +61,124 @@ class WaitedTooLong(Busy):
 
 
 class Closed(Busy):
-    """This process speaks no more."""
+    """This process begins nothing more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
+    """One utterance of a request."""
+
     samples: NDArray[np.float32]
-    queue_wait_s: float
-    """From admission until the engine began."""
     synthesis_s: float
+    remarks: tuple[Failure, ...]
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    utterance: Utterance
-    answer: asyncio.Future[Spoken]
+    utterances: deque[Utterance]
+    chars: int
+    """Of all utterances that are not spoken yet."""
+    client: str
+    position: int
     admitted_s: float
+    waiting_since_s: float
     begun_s: float = math.nan
+    spoken: deque[Spoken] = field(default_factory=deque)
+    error: Exception | None = None
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     expiry: asyncio.TimerHandle | None = None
+
+    @property
+    def begun(self) -> bool:
+        return not math.isnan(self.begun_s)
+
+    @property
+    def wants_the_engine(self) -> bool:
+        return bool(self.utterances) and self.error is None and len(self.spoken) < AHEAD
+
+
+class Place:
+    """A request's place in the queue; leaving it gives the place up, and what is still spoken is dropped."""
+
+    def __init__(self, queue: "EngineQueue", job: _Job) -> None:
+        self._queue = queue
+        self._job = job
+
+    @property
+    def position(self) -> int:
+        """Requests that were before this one when it came; 0: none."""
+        return self._job.position
+
+    @property
+    def queue_wait_s(self) -> float:
+        """From admission until the engine began; so far, while it has not."""
+        until_s = self._job.begun_s if self._job.begun else time.monotonic()
+        return until_s - self._job.admitted_s
+
+    async def __aiter__(self) -> AsyncIterator[Spoken]:
+        """Each utterance's sound, in order.
+
+        Raises:
+            WaitedTooLong, Closed: ask again later.
+            Refused, EngineError: what the engine raised; anything else it raises becomes an ``EngineError``.
+        """
+        job = self._job
+        while True:
+            while job.spoken:
+                spoken = job.spoken.popleft()
+                self._queue.go_on()
+                yield spoken
+            if job.error is not None:
+                raise job.error
+            if not job.utterances and not self._queue.speaks(job):
+                return
+            job.news.clear()
+            await job.news.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue.leave(self._job)
 
 
 class EngineQueue:
-    """First come, first served, one at a time.
+    """Everything but the engine lives on the event loop, so nothing here needs a lock.
 
-    Everything but the engine lives on the event loop, so nothing here needs a lock: the loop hands the thread
-    one utterance, the thread hands the loop one outcome.
+    The loop hands the thread one utterance, the thread hands the loop one outcome.
     """
 
     def __init__(
         self,
         load: Callable[[], Engine],
+        speak: Callable[[Engine, Utterance], Sound],
         *,
+        order: Order,
         size: int,
         max_wait_s: float,
-        on_broken: Callable[[EngineBroken], None] | None = None,
+        longest_utterance_s: float,
     ) -> None:
         self._load = load
+        self._speak = speak
+        self._order = order
         self._size = size
         self._max_wait_s = max_wait_s
-        self._on_broken = on_broken
-        self._waiting: deque[_Job] = deque()
-        self._running: _Job | None = None
-        self._recent_s: deque[float] = deque(maxlen=RECENT)
+        self._longest_utterance_s = longest_utterance_s
+        self._jobs: list[_Job] = []
+        self._running: tuple[_Job, Utterance, float] | None = None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._handed: SimpleQueue[Utterance | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._closed: str | None = None
-        self.draining = False
-        """Told to stop: readiness says no, yet whoever still comes is served, for a refusal would be a loss."""
+        self.broken: EngineBroken | None = None
+        """Why the engine will never speak again."""
         self.spoken = 0
+        """Utterances so far."""
+        self.memory: GpuMemory | None = None
+        """What the engine held after its last utterance: to ask a stuck GPU now would hang whoever asks."""
 
     # -- what others may ask ------------------------------------------------------------------------------
 
@@ -100,31 +191,47 @@ class EngineQueue:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that want the engine and do not have it."""
+        return sum(job.wants_the_engine and not self.speaks(job) for job in self._jobs)
 
     @property
     def running(self) -> int:
         return 0 if self._running is None else 1
 
     @property
-    def busy_since(self) -> float | None:
-        """``time.monotonic()`` at which the running utterance began; ``None`` while idle."""
-        return None if self._running is None else self._running.begun_s
+    def at_work(self) -> bool:
+        """Some request still wants the engine or has it."""
+        return self._running is not None or self.waiting > 0
 
     @property
-    def alive(self) -> bool:
-        """The engine is loaded, its thread runs, and it may speak again."""
-        running = self._thread is not None and self._thread.is_alive()
-        return running and self._engine is not None and self._closed is None
+    def draining(self) -> bool:
+        """Begins nothing more; what was begun goes on."""
+        return self._closed is not None
 
-    def sound(self, longest_utterance_s: float) -> bool:
-        """Alive, and not stuck in an utterance older than ``longest_utterance_s``."""
-        return self.alive and (self.busy_since is None or time.monotonic() - self.busy_since < longest_utterance_s)
+    @property
+    def overdue(self) -> bool:
+        """The running utterance takes far longer than its length foretells: the engine is stuck."""
+        if self._running is None:
+            return False
+        _, utterance, began_s = self._running
+        return time.monotonic() - began_s > patience_s(
+            len(utterance.text), self._recent, longest_s=self._longest_utterance_s
+        )
+
+    @property
+    def sound(self) -> bool:
+        """The engine is loaded, its thread runs, and it is neither broken nor stuck."""
+        running = self._thread is not None and self._thread.is_alive()
+        return running and self._engine is not None and self.broken is None and not self.overdue
 
     def retry_after_s(self) -> int:
-        """When asking again may help; see the function of the same name."""
-        elapsed_s = 0.0 if self.busy_since is None else time.monotonic() - self.busy_since
-        return retry_after_s(tuple(self._recent_s), elapsed_s=elapsed_s)
+        """Seconds until the request nearest to its end ought to leave: at least 1, for a header."""
+        now_s = time.monotonic()
+        ends_s = [self._remaining_s(job, now_s) for job in self._jobs if job.utterances or self.speaks(job)]
+        return max(1, math.ceil(min(ends_s, default=1.0)))
+
+    def speaks(self, job: _Job) -> bool:
+        return self._running is not None and self._running[0] is job
 
     # -- life ---------------------------------------------------------------------------------------------
 
@@ -138,89 +245,153 @@ class EngineQueue:
         self._engine = await loaded
         return self._engine
 
+    def drain(self, reason: str = "the server is stopping") -> None:
+        """Begin nothing more: hand back whoever was not begun and whoever comes; finish what was begun."""
+        self._closed = self._closed or reason
+        self.hand_back(self._closed)
+
+    def hand_back(self, reason: str) -> None:
+        """Refuse whoever waits to be begun, so that they ask elsewhere."""
+        for job in tuple(self._jobs):
+            if not job.begun:
+                self._fail(job, Closed(reason, retry_after_s=1))
+
     async def close(self, *, patience_s: float = 1.0) -> None:
-        """Refuse whoever waits, let the thread end; after ``patience_s`` leave it behind."""
-        self._refuse_all("the server is stopping")
+        """Refuse everybody, let the thread end; after ``patience_s`` leave it behind."""
+        self.drain()
+        self._refuse_all(self._closed or "")
         self._handed.put(None)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience_s)
 
-    async def speak(self, utterance: Utterance) -> Spoken:
-        """Wait for the turn of ``utterance`` and for its sound.
+    # -- admission ----------------------------------------------------------------------------------------
 
-        Cancelled while it waits, it gives its place up; cancelled while it is spoken, its sound is dropped.
+    def admit(
+        self,
+        utterances: Sequence[Utterance],
+        *,
+        client: str = "",
+        max_wait_s: float | None = None,
+        waited_s: float = 0.0,
+    ) -> Place:
+        """A place for a request of one or more ``utterances``, to be entered with ``async with``.
+
+        ``client`` shares the engine fairly with other clients. ``max_wait_s`` may be shorter than the queue's
+        own. ``waited_s`` was spent in other queues, and shortens the wait here.
 
         Raises:
-            QueueFull, WaitedTooLong, Closed: ask again later.
-            Refused, EngineError: what the engine raised; anything else it raises becomes an ``EngineError``.
+            QueueFull, Closed: ask again later.
         """
         if self._closed is not None:
             raise Closed(self._closed, retry_after_s=1)
-        if self._running is not None and len(self._waiting) >= self._size:
-            reason = f"{len(self._waiting)} requests wait already, and no more may"
+        if self.overdue:
+            raise Closed(STUCK, retry_after_s=1)
+        waiting = self.waiting
+        if self._running is not None and waiting >= self._size:
+            reason = f"{waiting} requests wait already, and no more may"
             raise QueueFull(reason, retry_after_s=self.retry_after_s())
-        loop = asyncio.get_running_loop()
-        job = _Job(utterance, loop.create_future(), admitted_s=time.monotonic())
-        self._waiting.append(job)
-        self._begin_next()
-        if job is not self._running:
-            job.expiry = loop.call_later(self._max_wait_s, self._expire, job)
-        try:
-            return await job.answer
-        finally:
-            self._leave(job)
+        now_s = time.monotonic()
+        job = _Job(
+            deque(utterances),
+            sum(len(utterance.text) for utterance in utterances),
+            client,
+            position=waiting + self.running,
+            admitted_s=now_s,
+            waiting_since_s=now_s,
+        )
+        self._jobs.append(job)
+        self.go_on()
+        if not job.begun:
+            longest_s = min(self._max_wait_s, max_wait_s or self._max_wait_s)
+            left_s = max(0.0, longest_s - waited_s)
+            job.expiry = asyncio.get_running_loop().call_later(left_s, self._expire, job, longest_s)
+        return Place(self, job)
+
+    def measured(self, chars: int, synthesis_s: float) -> None:
+        """What an utterance took, for the next one's estimate."""
+        self._recent.append((chars, synthesis_s))
+
+    def leave(self, job: _Job) -> None:
+        """Forget ``job``; the utterance that is being spoken for it ends unheard."""
+        if job.expiry is not None:
+            job.expiry.cancel()
+        job.utterances.clear()
+        with contextlib.suppress(ValueError):
+            self._jobs.remove(job)
+
+    def go_on(self) -> None:
+        """Give the engine its next utterance, if it is free and somebody wants it."""
+        if self._running is not None or self.broken is not None:
+            return
+        wanting = [job for job in self._jobs if job.wants_the_engine]
+        if not wanting:
+            return
+        now_s = time.monotonic()
+        job = wanting[self._order.choose([self._claim(job, now_s) for job in wanting], now_s)]
+        if job.expiry is not None:
+            job.expiry.cancel()
+        if not job.begun:
+            job.begun_s = now_s
+        utterance = job.utterances.popleft()
+        self._running = (job, utterance, now_s)
+        self._handed.put(utterance)
 
     # -- on the event loop --------------------------------------------------------------------------------
 
-    def _begin_next(self) -> None:
-        if self._running is not None or not self._waiting:
-            return
-        job = self._waiting.popleft()
-        if job.expiry is not None:
-            job.expiry.cancel()
-        job.begun_s = time.monotonic()
-        self._running = job
-        self._handed.put(job.utterance)
+    def _claim(self, job: _Job, now_s: float) -> Claim:
+        return Claim(
+            client=job.client,
+            admitted_s=job.admitted_s,
+            waiting_since_s=job.waiting_since_s,
+            remaining_s=self._remaining_s(job, now_s),
+            begun=job.begun,
+        )
 
-    def _leave(self, job: _Job) -> None:
-        if job.expiry is not None:
-            job.expiry.cancel()
-        with contextlib.suppress(ValueError):
-            self._waiting.remove(job)
+    def _remaining_s(self, job: _Job, now_s: float) -> float:
+        whole_s = expected_s(job.chars, self._recent)
+        if self._running is not None and self._running[0] is job:
+            _, utterance, began_s = self._running
+            # Its part counts down to nothing, however late it is.
+            part_s = expected_s(len(utterance.text), self._recent)
+            return whole_s - min(now_s - began_s, part_s)
+        return whole_s
 
-    def _expire(self, job: _Job) -> None:
-        self._leave(job)
-        if not job.answer.done():
-            reason = f"not begun after {self._max_wait_s:g} s of waiting"
-            job.answer.set_exception(WaitedTooLong(reason, retry_after_s=self.retry_after_s()))
+    def _expire(self, job: _Job, longest_s: float) -> None:
+        reason = f"not begun after {longest_s:g} s of waiting"
+        self._fail(job, WaitedTooLong(reason, retry_after_s=self.retry_after_s()))
 
-    def _finish(self, outcome: NDArray[np.float32] | Exception, synthesis_s: float) -> None:
-        job = self._running
-        if job is None:  # pragma: no cover
+    def _fail(self, job: _Job, error: Exception) -> None:
+        job.error = job.error or error
+        self.leave(job)
+        job.news.set()
+
+    def _finish(self, outcome: Sound | Exception, synthesis_s: float) -> None:
+        if self._running is None:  # pragma: no cover
             msg = "the engine answered what nobody asked"
             raise RuntimeError(msg)
+        now_s = time.monotonic()
+        job, utterance, _ = self._running
+        claim = self._claim(job, now_s)
         self._running = None
-        if isinstance(outcome, EngineBroken):
-            self._refuse_all(f"the engine is broken: {outcome}")
-            if self._on_broken is not None:
-                self._on_broken(outcome)
-        if not isinstance(outcome, Exception):
-            self._recent_s.append(synthesis_s)
+        self._order.served(claim, synthesis_s)
+        job.chars -= len(utterance.text)
+        job.waiting_since_s = now_s
+        if isinstance(outcome, Sound):
+            self.measured(len(utterance.text), synthesis_s)
             self.spoken += 1
-        # Done already: whoever asked has left.
-        if not job.answer.done():
-            if isinstance(outcome, Exception):
-                job.answer.set_exception(outcome)
-            else:
-                job.answer.set_result(Spoken(outcome, job.begun_s - job.admitted_s, synthesis_s))
-        self._begin_next()
+            job.spoken.append(Spoken(outcome.samples, synthesis_s, outcome.remarks))
+            job.news.set()
+        else:
+            self._fail(job, outcome)
+        if isinstance(outcome, EngineBroken):
+            self.broken = outcome
+            self._refuse_all("the engine is broken")
+        self.go_on()
 
     def _refuse_all(self, reason: str) -> None:
         self._closed = self._closed or reason
-        while self._waiting:
-            job = self._waiting.popleft()
-            if not job.answer.done():
-                job.answer.set_exception(Closed(reason, retry_after_s=1))
+        for job in tuple(self._jobs):
+            self._fail(job, Closed(reason, retry_after_s=1))
 
     # -- on the engine's thread ---------------------------------------------------------------------------
 
@@ -230,29 +401,49 @@ class EngineQueue:
             try:
                 engine = self._load()
             except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells the loop)
-                loop.call_soon_threadsafe(_fail, loaded, _told(error, "load"))
+                loop.call_soon_threadsafe(_reject, loaded, _told(error, "load"))
                 return
-            loop.call_soon_threadsafe(_succeed, loaded, engine)
-            while (utterance := self._handed.get()) is not None:
+            loop.call_soon_threadsafe(_resolve, loaded, engine)
+            while (utterance := self._next(engine)) is not None:
                 began_s = time.monotonic()
-                outcome = _synthesize(engine, utterance)
-                loop.call_soon_threadsafe(self._finish, outcome, time.monotonic() - began_s)
+                outcome = self._outcome(engine, utterance)
+                synthesis_s = time.monotonic() - began_s
+                self.memory = engine.memory()
+                loop.call_soon_threadsafe(self._finish, outcome, synthesis_s)
+
+    def _next(self, engine: Engine) -> Utterance | None:
+        try:
+            return self._handed.get(timeout=IDLE_S)
+        except Empty:
+            with contextlib.suppress(Exception):
+                # What fails here fails again at the next utterance, where it can be told to somebody.
+                engine.free()
+                self.memory = engine.memory()
+            return self._handed.get()
+
+    def _outcome(self, engine: Engine, utterance: Utterance) -> Sound | Exception:
+        try:
+            return self._speak(engine, utterance)
+        except BaseException as error:  # noqa: BLE001 (as above)
+            return _told(error, "speak")
 
 
-def retry_after_s(recent_s: Sequence[float], *, elapsed_s: float) -> int:
-    """Seconds until the running utterance ought to end, and with it free a place: at least 1, for a header.
+def expected_s(chars: int, recent: Sequence[tuple[int, float]]) -> float:
+    """Seconds that ``chars`` characters ought to take at the pace of the ``recent`` (characters, seconds)."""
+    known_chars = sum(known for known, _ in recent)
+    if not known_chars:
+        return 1.0
+    return chars * sum(seconds for _, seconds in recent) / known_chars
 
-    It is taken to last as long as the ``recent_s`` did on average, and has run for ``elapsed_s``.
+
+def patience_s(chars: int, recent: Sequence[tuple[int, float]], *, longest_s: float) -> float:
+    """Seconds after which an utterance of ``chars`` characters counts as stuck; at most ``longest_s``.
+
+    Until a full set of ``recent`` ones is known, the pace is a guess, and only ``longest_s`` counts.
     """
-    mean_s = statistics.fmean(recent_s) if recent_s else 1.0
-    return max(1, math.ceil(mean_s - elapsed_s))
-
-
-def _synthesize(engine: Engine, utterance: Utterance) -> NDArray[np.float32] | Exception:
-    try:
-        return engine.synthesize(utterance)
-    except BaseException as error:  # noqa: BLE001 (as above)
-        return _told(error, "speak")
+    if len(recent) < RECENT:
+        return longest_s
+    return min(longest_s, max(SHORTEST_PATIENCE_S, FAR_BEYOND * expected_s(chars, recent)))
 
 
 def _told(error: BaseException, verb: str) -> Exception:
@@ -265,11 +456,11 @@ def _told(error: BaseException, verb: str) -> Exception:
     return wrapped
 
 
-def _fail(future: asyncio.Future[Engine], error: Exception) -> None:
+def _reject(future: asyncio.Future[Engine], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
 
 
-def _succeed(future: asyncio.Future[Engine], engine: Engine) -> None:
+def _resolve(future: asyncio.Future[Engine], engine: Engine) -> None:
     if not future.done():
         future.set_result(engine)

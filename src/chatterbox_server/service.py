@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from chatterbox_server.metrics import Metrics
 from chatterbox_server.queue import EngineQueue
 from chatterbox_server.settings import Settings
 from chatterbox_server.voices import Library
@@ -15,13 +16,14 @@ class Service:
     settings: Settings
     queue: EngineQueue
     voices: Library
+    metrics: Metrics
     started_at: int
     """Unix time, for OpenAI's ``created``."""
 
     @property
     def ready(self) -> bool:
         """A request sent now would be spoken."""
-        return not self.queue.draining and self.queue.sound(self.settings.longest_utterance_s)
+        return not self.queue.draining and self.queue.sound
 
 
 def _of(request: Request) -> Service:

@@ -1,11 +1,12 @@
 """An engine that tests steer, and the two ways to reach a server around it. Starts no process."""
 
 import asyncio
+import functools
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -13,8 +14,19 @@ import uvicorn
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
+from chatterbox_server import speaker
 from chatterbox_server.app import WARM_UP, create_app, lifetime
-from chatterbox_server.engine import Engine, EngineBroken, EngineError, Refused, Sampling, Utterance
+from chatterbox_server.engine import (
+    Engine,
+    EngineBroken,
+    EngineError,
+    GpuMemory,
+    OutOfMemory,
+    Refused,
+    Sampling,
+    Utterance,
+)
+from chatterbox_server.order import order as order_of
 from chatterbox_server.queue import EngineQueue
 from chatterbox_server.settings import Settings
 
@@ -30,14 +42,15 @@ class FakeEngine:
     name = "fake"
     model = "fake-1"
     sample_rate_hz = 24_000
-    max_chars = 100
-    max_chars_reason = "it is a fake"
+    longest_piece = 100
+    tokens_per_audio_s: float | None = 25.0
     speeds = (1.0, 1.0)
     languages: tuple[str, ...] = ("en", "de")
     defaults = Sampling()
 
     def __init__(self, *, held: bool = False) -> None:
         self.heard: list[Utterance] = []
+        self.freed = 0
         self.held = held
         """Each utterance but the warm-up waits for ``let_go``."""
         self._go = threading.Semaphore(0)
@@ -48,6 +61,12 @@ class FakeEngine:
     def facts(self) -> Mapping[str, object]:
         return {"devices": []}
 
+    def memory(self) -> GpuMemory | None:
+        return GpuMemory(allocated_bytes=1, reserved_bytes=2, free_bytes=6, total_bytes=8)
+
+    def free(self) -> None:
+        self.freed += 1
+
     def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
         self.heard.append(utterance)
         if self.held and utterance.text != WARM_UP:
@@ -56,7 +75,9 @@ class FakeEngine:
             case "refuse":
                 raise Refused("that recording is silent", param="voice")
             case "fail":
-                raise EngineError("the GPU is out of memory")
+                raise EngineError("the fan is stuck")
+            case "memory":
+                raise OutOfMemory("the GPU is out of memory")
             case "break":
                 raise EngineBroken("device-side assert")
             case "bug":
@@ -98,9 +119,27 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def queue_of(
+    load: Callable[[], Engine],
+    *,
+    order: Literal["size", "fifo"] = "fifo",
+    size: int = 8,
+    max_wait_s: float = 60.0,
+    longest_utterance_s: float = 60.0,
+) -> EngineQueue:
+    return EngineQueue(
+        load,
+        functools.partial(speaker.speak, check_duration=False),
+        order=order_of(order, max_wait_s=max_wait_s),
+        size=size,
+        max_wait_s=max_wait_s,
+        longest_utterance_s=longest_utterance_s,
+    )
+
+
 @asynccontextmanager
-async def a_queue(engine: Engine, *, size: int = 8, max_wait_s: float = 60.0) -> AsyncIterator[EngineQueue]:
-    queue = EngineQueue(lambda: engine, size=size, max_wait_s=max_wait_s)
+async def a_queue(engine: Engine, **changed: Any) -> AsyncIterator[EngineQueue]:
+    queue = queue_of(lambda: engine, **changed)
     await queue.start()
     try:
         yield queue
@@ -114,7 +153,8 @@ async def a_queue(engine: Engine, *, size: int = 8, max_wait_s: float = 60.0) ->
 @asynccontextmanager
 async def a_client(engine: Engine, settings: Settings | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the whole app, without a socket."""
-    app = create_app(lambda: engine, settings or Settings())
+    # A fake's sound lasts as long for every text.
+    app = create_app(lambda: engine, settings or Settings(check_duration=False))
     async with lifetime(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=PATIENCE_S) as client:

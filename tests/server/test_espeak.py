@@ -74,3 +74,10 @@ def test_a_streamed_wav_is_as_long_as_it_is_whatever_its_header_says() -> None:
 def test_no_wav_is_an_error_and_no_silence(content: bytes) -> None:
     with pytest.raises(EngineError):
         espeak.decode(content)
+
+
+def test_a_wav_of_another_kind_is_an_error_and_no_noise() -> None:
+    head = struct.pack("<HHIIHH", 1, 2, 22_050, 88_200, 4, 16)
+    wav = b"RIFF\x30\x00\x00\x00WAVEfmt " + struct.pack("<I", 16) + head + b"data\x04\x00\x00\x00\x00\x00\x00\x00"
+    with pytest.raises(EngineError, match="espeak-ng returned no WAV of one channel and 16 bits"):
+        espeak.decode(wav)

@@ -1,6 +1,7 @@
 """The routes over a fake engine: what a client sends, what it gets."""
 
 import asyncio
+import base64
 import io
 import json
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from chatterbox_server import audio
 from chatterbox_server.app import WARM_UP, create_app
-from chatterbox_server.engine import Sampling
+from chatterbox_server.engine import OutOfMemory, Sampling, Utterance
+from chatterbox_server.joints import Joints
 from chatterbox_server.settings import Settings
 from server.fakes import FakeEngine, a_client, a_port, noise, run, until
 
@@ -39,6 +42,17 @@ def get(path: str, *, told: Settings | None = None) -> httpx.Response:
     return run(scenario())
 
 
+def fake_told(**changed: Any) -> Settings:
+    """A fake's sound lasts as long for every text, so nobody asks for it twice."""
+    return Settings(check_duration=False, **changed)
+
+
+def sound_of(*utterances: Utterance) -> bytes:
+    """What a client gets of the fake's noises, as pcm."""
+    joints = Joints(24_000)
+    return b"".join(audio.encode(joints.join(noise(utterance), 0.0), 24_000, "pcm") for utterance in utterances)
+
+
 # -- speech -----------------------------------------------------------------------------------------------
 
 
@@ -60,9 +74,12 @@ def test_an_openai_request_gets_its_sound() -> None:
 
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "audio/pcm"
-    assert answer.content == audio.encode(noise(engine.heard[-1]), 24_000, "pcm")
+    assert answer.content == sound_of(engine.heard[-1])
     assert engine.heard[-1].text == "Hello."
     assert answer.headers["x-audio-duration"] == "0.100"
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.headers["x-queue-position"] == "0"
+    assert float(answer.headers["x-time-to-first-byte"]) >= 0
     assert answer.headers["x-instance"] == "local"
     assert float(answer.headers["x-queue-wait"]) >= 0
     assert float(answer.headers["x-real-time-factor"]) >= 0
@@ -116,7 +133,7 @@ def test_a_request_without_a_seed_gets_a_new_one_that_repeats_it() -> None:
 def test_a_recording_in_the_directory_is_what_the_engine_is_given(tmp_path: Path) -> None:
     (tmp_path / "anna.wav").touch()
     engine = FakeEngine()
-    post({"input": "Hello.", "voice": "anna"}, engine=engine, told=Settings(voices_dir=tmp_path))
+    post({"input": "Hello.", "voice": "anna"}, engine=engine, told=fake_told(voices_dir=tmp_path))
     assert engine.heard[-1].voice == tmp_path / "anna.wav"
 
 
@@ -128,21 +145,19 @@ def test_a_recording_in_the_directory_is_what_the_engine_is_given(tmp_path: Path
         ({"input": " \n"}, "input", "input: there is nothing to say, got ' \\n'"),
         ({"input": "a\0b"}, "input", "input: a zero byte cannot be spoken, got 'a\\x00b'"),
         ({"input": None}, "input", "input: input should be a valid string, got None"),
+        ({"input": "x" * 100_001}, "input", "input has 100001 characters, and this server accepts 100000"),
+        ({"input": "… ***"}, "input", "input: there is nothing to say in it, only signs"),
         (
-            {"input": "x" * 101},
-            "input",
-            "input has 101 characters, and fake-1 accepts 100 in one request: it is a fake",
-        ),
-        (
-            {"input": "x", "response_format": "aac"},
+            {"input": "x", "response_format": "ogg"},
             "response_format",
-            "response_format: input should be 'mp3', 'opus', 'flac', 'wav' or 'pcm', got 'aac'",
+            "response_format: input should be 'mp3', 'opus', 'aac', 'flac', 'wav' or 'pcm', got 'ogg'",
         ),
         (
-            {"input": "x", "stream_format": "sse"},
+            {"input": "x", "stream_format": "websocket"},
             "stream_format",
-            "stream_format: input should be 'audio', got 'sse'",
+            "stream_format: input should be 'audio' or 'sse', got 'websocket'",
         ),
+        ({"input": "x", "max_wait_s": 0}, "max_wait_s", "max_wait_s: input should be greater than 0, got 0"),
         ({"input": "x", "speed": 2}, "speed", "fake-1 speaks at speed 1, not 2"),
         ({"input": "x", "speed": "1"}, "speed", "speed: input should be a valid number, got '1'"),
         ({"input": "x", "speed": 9}, "speed", "speed: input should be less than or equal to 4, got 9"),
@@ -203,7 +218,7 @@ def test_a_form_is_told_to_be_json() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fail", "the GPU is out of memory"),
+        ("fail", "the fan is stuck"),
         ("bug", "cannot speak: ZeroDivisionError: division by zero"),
         ("nan", "the engine returned 1 samples that are no number"),
         ("nothing", "the engine returned samples of shape (0,)"),
@@ -244,18 +259,172 @@ def test_any_json_is_answered_in_the_one_shape(bodies: list[dict[str, Any]]) -> 
     run(scenario())
 
 
+# -- streams ----------------------------------------------------------------------------------------------
+
+BOOK = " ".join(f"This is sentence number {number} of a book that nobody has written yet." for number in range(20))
+
+
+def test_a_long_text_leaves_piece_by_piece_and_the_pieces_are_the_text() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        app = create_app(lambda: engine, fake_told())
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            engine.let_go()
+            body = {"input": BOOK, "response_format": "pcm"}
+            async with client.stream("POST", SPEECH, json=body) as answer:
+                assert answer.status_code == 200
+                assert "content-length" not in answer.headers
+                chunks = answer.aiter_raw()
+                first = await anext(chunks)
+                # The second piece is not spoken before it is let go: the first has left without it.
+                assert len(first) >= 2 * 2400
+                engine.let_go(100)
+                rest = b"".join([chunk async for chunk in chunks])
+            pieces = [heard.text for heard in engine.heard[1:]]
+            assert " ".join(pieces) == BOOK
+            assert len(pieces) > 5
+            assert len({heard.seed for heard in engine.heard[1:]}) == 1
+            assert len(first) + len(rest) >= len(pieces) * 2 * 2400
+
+    run(scenario())
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line]
+
+
+@pytest.mark.parametrize("text", ["Hello.", BOOK])
+def test_server_sent_events_carry_the_same_sound(text: str) -> None:
+    body = {"input": text, "seed": 1, "response_format": "pcm"}
+    plain = post(body)
+    answer = post(body | {"stream_format": "sse"})
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *deltas, done = events_of(answer.text)
+    assert {delta["type"] for delta in deltas} == {"speech.audio.delta"}
+    assert b"".join(base64.b64decode(delta["audio"]) for delta in deltas) == plain.content
+    assert done["type"] == "speech.audio.done"
+    usage = done["usage"]
+    assert usage["input_tokens"] + usage["output_tokens"] == usage["total_tokens"]
+    assert usage["output_tokens"] > 0
+
+
+CUT = "This is a fine first sentence that is long enough to be a piece of its own, more or less.\n\nfail\n\n" * 2
+
+
+def test_a_stream_that_fails_is_cut_short_and_the_client_can_tell() -> None:
+    async def scenario() -> None:
+        app = create_app(FakeEngine, fake_told())
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await client.post(SPEECH, json={"input": CUT})
+            assert (await client.post(SPEECH, json={"input": "fine"})).status_code == 200
+            metrics = (await client.get("/metrics")).text
+            assert f'chatterbox_requests_total{{outcome="cut",route="{SPEECH}"}} 1.0' in metrics
+
+    run(scenario())
+
+
+def test_an_event_stream_that_fails_says_so_in_an_event() -> None:
+    *_, last = events_of(post({"input": CUT, "stream_format": "sse"}).text)
+    assert (last["type"], last["error"]["code"]) == ("error", "cut_short")
+    assert last["error"]["message"] == "the fan is stuck"
+
+
+def test_a_listener_who_leaves_a_stream_stops_it_at_the_next_piece() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        app = create_app(lambda: engine, fake_told())
+        queue = app.state.service.queue
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            engine.let_go()
+            async with client.stream("POST", SPEECH, json={"input": BOOK}) as answer:
+                await anext(answer.aiter_raw())
+            await until(lambda: not queue._jobs)
+            engine.let_go(100)
+            await until(lambda: not queue.at_work)
+            # The warm-up, the piece that was heard, and the one that was being spoken.
+            assert len(engine.heard) == 1 + 2
+
+    run(scenario())
+
+
+# -- healing ----------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_tried_once_more_in_smaller_bites() -> None:
+    class Small(FakeEngine):
+        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+            if len(utterance.text) > 45:
+                self.heard.append(utterance)
+                raise OutOfMemory("the GPU is out of memory")
+            return super().synthesize(utterance)
+
+    engine = Small()
+    text = "This one sentence is too long for the memory, its halves are not."
+    answer = post({"input": text}, engine=engine)
+
+    assert answer.status_code == 200
+    assert engine.freed == 1
+    _, whole, *bites = [heard.text for heard in engine.heard]
+    assert whole == text
+    assert " ".join(bites) == text
+
+
+def test_out_of_memory_that_stays_is_a_503_for_another_gpu() -> None:
+    answer = post({"input": "memory"})
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "out_of_memory"
+    assert answer.headers["retry-after"] == "1"
+    assert "x-engine" not in answer.headers
+
+
+def test_a_broken_engine_is_a_503_that_says_whose_request_it_was() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_client(engine, fake_told()) as client:
+            breaks = asyncio.create_task(client.post(SPEECH, json={"input": "break"}))
+            await until(lambda: len(engine.heard) == 2)
+            waits = asyncio.create_task(client.post(SPEECH, json={"input": "waits"}))
+            while (await client.get("/readyz")).json()["waiting"] < 1:
+                await asyncio.sleep(0.001)
+            engine.let_go()
+            assert (await breaks).status_code == (await waits).status_code == 503
+            assert (await breaks).headers["x-engine"] == "broken"
+            assert "x-engine" not in (await waits).headers
+            assert (await client.get("/readyz")).status_code == 503
+
+    run(scenario())
+
+
+def test_a_piece_of_an_odd_length_is_spoken_again_with_other_dice() -> None:
+    class Rambling(FakeEngine):
+        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+            sound = super().synthesize(utterance)
+            return np.tile(sound, 600) if utterance.seed == 7 else np.tile(sound, 20)
+
+    async def scenario() -> None:
+        engine = Rambling()
+        async with a_client(engine, Settings()) as client:
+            answer = await client.post(SPEECH, json={"input": "How long can this take?", "seed": 7})
+            assert answer.headers["x-audio-duration"] == "2.000"
+            assert answer.headers["x-seed"] == "7"
+            assert [heard.seed for heard in engine.heard[1:]] == [7, 6]
+            assert 'kind="odd_piece"} 1.0' in (await client.get("/metrics")).text
+
+    run(scenario())
+
+
 # -- many at once -----------------------------------------------------------------------------------------
 
 
 def test_twenty_at_once_get_twenty_right_answers() -> None:
     async def scenario() -> None:
         engine = FakeEngine()
-        async with a_client(engine, Settings(queue_size=20)) as client:
+        async with a_client(engine, fake_told(queue_size=20)) as client:
             bodies = [{"input": f"text {n}", "seed": n, "response_format": "pcm"} for n in range(20)]
             answers = await asyncio.gather(*(client.post(SPEECH, json=body) for body in bodies))
-            sounds = {
-                heard.seed: audio.encode(noise(heard), 24_000, "pcm") for heard in engine.heard if heard.text != WARM_UP
-            }
+            sounds = {heard.seed: sound_of(heard) for heard in engine.heard if heard.text != WARM_UP}
             assert [answer.content for answer in answers] == [sounds[n] for n in range(20)]
 
     run(scenario())
@@ -264,7 +433,7 @@ def test_twenty_at_once_get_twenty_right_answers() -> None:
 def test_a_full_queue_answers_503_and_health_answers_meanwhile() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        async with a_client(engine, Settings(queue_size=1)) as client:
+        async with a_client(engine, fake_told(queue_size=1)) as client:
             welcome = [asyncio.create_task(client.post(SPEECH, json={"input": text})) for text in ("a", "b")]
 
             async def waits() -> bool:
@@ -287,7 +456,7 @@ def test_a_full_queue_answers_503_and_health_answers_meanwhile() -> None:
 def test_waiting_too_long_is_a_503() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        async with a_client(engine, Settings(max_wait_s=1)) as client:
+        async with a_client(engine, fake_told(max_wait_s=1)) as client:
             first = asyncio.create_task(client.post(SPEECH, json={"input": "first"}))
             await until(lambda: len(engine.heard) == 2)
             late = await client.post(SPEECH, json={"input": "late"})
@@ -305,7 +474,7 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
 
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        app = create_app(lambda: engine, Settings(queue_size=1))
+        app = create_app(lambda: engine, fake_told(queue_size=1))
         queue = app.state.service.queue
         async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             first = asyncio.create_task(client.post(SPEECH, json={"input": "first"}))
@@ -330,7 +499,7 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
 
 
 def test_readiness_names_who_answers() -> None:
-    told = Settings(instance="gpu0", visible_gpus=("2", "3"), invocation_id="abc")
+    told = fake_told(instance="gpu0", visible_gpus=("2", "3"), invocation_id="abc")
     answer = get("/readyz", told=told)
 
     assert answer.status_code == 200
@@ -346,20 +515,22 @@ def test_readiness_names_who_answers() -> None:
         "waiting": 0,
         "running": 0,
         "spoken": 1,
+        "max_input_chars": 100_000,
+        "gpu_memory": {"allocated_bytes": 1, "reserved_bytes": 2, "free_bytes": 6, "total_bytes": 8},
         "facts": {"devices": []},
     }
 
 
-def test_readiness_ends_while_draining_though_whoever_comes_is_served() -> None:
+def test_readiness_ends_while_draining_and_whoever_comes_is_sent_elsewhere() -> None:
     async def scenario() -> None:
-        engine = FakeEngine()
-        app = create_app(lambda: engine, Settings())
+        app = create_app(FakeEngine, fake_told())
         async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            app.state.service.queue.draining = True
-            answer = await client.get("/readyz")
-            assert answer.status_code == 503
-            assert answer.headers["retry-after"]
-            assert (await client.post(SPEECH, json={"input": "late"})).status_code == 200
+            app.state.service.queue.drain()
+            assert (await client.get("/readyz")).status_code == 503
+            late = await client.post(SPEECH, json={"input": "late"})
+            assert late.status_code == 503
+            assert late.json()["error"]["code"] == "stopping"
+            assert int(late.headers["retry-after"]) >= 1
 
     run(scenario())
 
@@ -367,7 +538,7 @@ def test_readiness_ends_while_draining_though_whoever_comes_is_served() -> None:
 def test_a_stuck_engine_is_alive_but_not_ready() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        async with a_client(engine, Settings(longest_utterance_s=1)) as client:
+        async with a_client(engine, fake_told(longest_utterance_s=1)) as client:
             stuck = asyncio.create_task(client.post(SPEECH, json={"input": "stuck"}))
             while (await client.get("/readyz")).status_code == 200:
                 await asyncio.sleep(0.01)
@@ -387,7 +558,7 @@ def test_the_loaded_model_is_listed() -> None:
 def test_voices_are_listed_with_their_kind(tmp_path: Path) -> None:
     (tmp_path / "anna.flac").touch()
     (tmp_path / "nova.wav").touch()
-    rows = get("/v1/audio/voices", told=Settings(voices_dir=tmp_path)).json()["voices"]
+    rows = get("/v1/audio/voices", told=fake_told(voices_dir=tmp_path)).json()["voices"]
     assert [(row["name"], row["kind"]) for row in rows[:4]] == [
         ("default", "built-in"),
         ("anna", "recording"),
@@ -438,8 +609,10 @@ def test_one_request_is_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
 
     run(scenario())
     (line,) = [record.getMessage() for record in caplog.records if SPEECH in record.getMessage()]
-    assert line.startswith(f"POST {SPEECH} 200 request=abc queue_wait=0.")
-    assert line.endswith('outcome="spoke 0.100 s of wav"')
+    said = dict(pair.split("=", 1) for pair in line.split())
+    assert (said["method"], said["path"], said["status"], said["request"]) == ("POST", SPEECH, "200", "abc")
+    assert (said["outcome"], said["chars"], said["pieces"], said["audio_s"]) == ("answered", "1", "1", "0.100")
+    assert float(said["queue_wait_s"]) <= float(said["first_byte_s"]) <= float(said["seconds"])
     assert "/healthz" not in caplog.text
 
 

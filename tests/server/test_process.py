@@ -130,7 +130,7 @@ def test_ready_is_told_when_the_port_answers_and_a_sigterm_finishes_what_was_acc
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert b"RIFF" in answer
         assert status == 0
-        assert 'outcome="spoke' in log
+        assert "outcome=answered" in log
         instance.wait_told("STOPPING=1")
         with pytest.raises(httpx.ConnectError):
             client.get("/healthz")
@@ -168,21 +168,86 @@ WITH_A_FAKE_ENGINE = """
 import sys
 from chatterbox_server import __main__, engines
 from server.fakes import FakeEngine
-engines.load = lambda settings: FakeEngine()
+
+class Engine(FakeEngine):
+    def synthesize(self, utterance):
+        if utterance.text == "grow":
+            self.grown = b"x" * 400_000_000
+        return super().synthesize(utterance)
+
+engines.load = lambda settings: Engine()
 sys.exit(__main__.main())
 """
+FAKE = {"code": WITH_A_FAKE_ENGINE, "PYTHONPATH": str(Path(__file__).parents[1]), "CHATTERBOX_CHECK_DURATION": "false"}
 
 
-def test_a_broken_engine_ends_the_process_without_an_answer(tmp_path: Path) -> None:
-    """nginx sees the connection break and asks another GPU; systemd starts a fresh process."""
-    tests = str(Path(__file__).parents[1])
-    with an_instance(tmp_path, code=WITH_A_FAKE_ENGINE, PYTHONPATH=tests) as instance:
+def say(instance: Instance, text: str, **headers: str) -> httpx.Response:
+    return httpx.post(f"{instance.url}/v1/audio/speech", json={"input": text}, headers=headers, timeout=PATIENCE_S)
+
+
+def test_a_broken_engine_answers_503_and_ends_the_process_with_its_own_status(tmp_path: Path) -> None:
+    """nginx asks another GPU; systemd starts a fresh process."""
+    with an_instance(tmp_path, **FAKE) as instance:
         instance.wait_told("READY=1")
-        with pytest.raises(httpx.RemoteProtocolError):
-            httpx.post(f"{instance.url}/v1/audio/speech", json={"input": "break"}, timeout=PATIENCE_S)
+        answer = say(instance, "break")
+        assert (answer.status_code, answer.headers["x-engine"]) == (503, "broken")
         _, log = instance.process.communicate(timeout=PATIENCE_S)
-    assert instance.process.returncode == 1
-    assert "the engine is broken, ending the process: device-side assert" in log
+    assert instance.process.returncode == 70
+    assert log.count("the engine is broken, ending the process: device-side assert") == 1
+    assert "Traceback" not in log
+
+
+def test_a_process_that_has_grown_too_large_drains_and_ends_with_its_own_status(tmp_path: Path) -> None:
+    with an_instance(tmp_path, CHATTERBOX_RECYCLE_HOST_MB="400", **FAKE) as instance:
+        instance.wait_told("READY=1")
+        assert say(instance, "fine").status_code == 200
+        assert say(instance, "grow").status_code == 200
+        instance.wait_told("STOPPING=1")
+        _, log = instance.process.communicate(timeout=PATIENCE_S)
+    assert instance.process.returncode == 75
+    assert "and recycle_host_mb is 400" in log
+
+
+def test_a_stop_takes_as_long_as_what_was_begun(tmp_path: Path) -> None:
+    slow = tmp_path / "espeak-ng"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *--stdin*) sleep 1 ;; esac\nexec {shutil.which("espeak-ng")} "$@"\n')
+    slow.chmod(0o755)
+    book = " ".join(f"This is sentence number {number} of quite a long text." for number in range(60))
+    with an_instance(tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}") as instance:
+        instance.wait_told("READY=1")
+        body = {"input": book, "response_format": "pcm"}
+        with httpx.stream("POST", f"{instance.url}/v1/audio/speech", json=body, timeout=PATIENCE_S) as answer:
+            chunks = answer.iter_raw()
+            next(chunks)
+            instance.process.send_signal(signal.SIGTERM)
+            instance.wait_told("STOPPING=1")
+            instance.wait_told("EXTEND_TIMEOUT_USEC=15000000")
+            # Raises, were the stream cut short.
+            assert sum(map(len, chunks)) > 100 * 48_000
+        assert instance.process.wait(timeout=PATIENCE_S) == 0
+
+
+def test_keys_are_asked_for_and_read_again_on_a_hangup(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice {'a' * 16}\n")
+    with an_instance(tmp_path, CHATTERBOX_API_KEYS_FILE=str(keys), **FAKE) as instance:
+        instance.wait_told("READY=1")
+        assert say(instance, "fine").status_code == 401
+        assert say(instance, "fine", Authorization=f"Bearer {'a' * 16}").status_code == 200
+        keys.write_text(f"bob {'b' * 16}\n")
+        instance.process.send_signal(signal.SIGHUP)
+        while say(instance, "fine", Authorization=f"Bearer {'b' * 16}").status_code != 200:
+            time.sleep(0.05)
+        assert say(instance, "fine", Authorization=f"Bearer {'a' * 16}").status_code == 401
+        _, log = instance.stop()
+    assert "client=alice" in log
+    assert "a" * 16 not in log
+
+
+def test_keys_that_cannot_be_read_are_exit_status_2(tmp_path: Path) -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", CHATTERBOX_API_KEYS_FILE=str(tmp_path / "none"))
+    assert status == 2
+    assert "cannot use the API keys" in said
 
 
 def test_a_wrong_environment_is_exit_status_2() -> None:

@@ -11,12 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatterbox_server.engine import Engine, EngineBroken, EngineError, Refused
-from chatterbox_server.queue import Closed, EngineQueue, QueueFull, Spoken, WaitedTooLong, retry_after_s
-from server.fakes import FakeEngine, a_queue, an_utterance, noise, run, until
+from chatterbox_server.queue import (
+    AHEAD,
+    RECENT,
+    Closed,
+    EngineQueue,
+    QueueFull,
+    Spoken,
+    WaitedTooLong,
+    expected_s,
+    patience_s,
+)
+from server.fakes import FakeEngine, a_queue, an_utterance, noise, queue_of, run, until
 
 
-def asked(queue: EngineQueue, text: str) -> asyncio.Task[Spoken]:
-    return asyncio.create_task(queue.speak(an_utterance(text)))
+async def whole(queue: EngineQueue, *texts: str, **more: Any) -> list[Spoken]:
+    """All sounds of one request."""
+    async with queue.admit([an_utterance(text) for text in texts], **more) as place:
+        return [spoken async for spoken in place]
+
+
+def asked(queue: EngineQueue, *texts: str, **more: Any) -> asyncio.Task[list[Spoken]]:
+    return asyncio.create_task(whole(queue, *texts, **more))
 
 
 def heard(engine: FakeEngine) -> list[str]:
@@ -28,9 +44,9 @@ def test_each_gets_its_own_sound_in_the_order_of_asking() -> None:
         engine = FakeEngine()
         async with a_queue(engine, size=20) as queue:
             texts = [f"text {number}" for number in range(20)]
-            answers = await asyncio.gather(*(queue.speak(an_utterance(text)) for text in texts))
+            answers = await asyncio.gather(*(whole(queue, text) for text in texts))
             assert heard(engine) == texts
-            for text, spoken in zip(texts, answers, strict=True):
+            for text, (spoken,) in zip(texts, answers, strict=True):
                 np.testing.assert_array_equal(spoken.samples, noise(an_utterance(text)))
             assert (queue.waiting, queue.running, queue.spoken) == (0, 0, 20)
 
@@ -44,7 +60,7 @@ def test_one_more_than_may_wait_is_refused_at_once() -> None:
             welcome = [asked(queue, text) for text in ("runs", "waits", "waits too")]
             await until(lambda: (queue.running, queue.waiting) == (1, 2))
             with pytest.raises(QueueFull) as full:
-                await queue.speak(an_utterance("too much"))
+                await whole(queue, "too much")
             assert full.value.retry_after_s >= 1
             engine.let_go(3)
             await asyncio.gather(*welcome)
@@ -60,11 +76,11 @@ def test_a_queue_of_no_places_still_serves_one_at_a_time() -> None:
             first = asked(queue, "first")
             await until(lambda: queue.running == 1)
             with pytest.raises(QueueFull):
-                await queue.speak(an_utterance("second"))
+                await whole(queue, "second")
             engine.let_go()
             await first
             engine.let_go()
-            await queue.speak(an_utterance("third"))
+            await whole(queue, "third")
 
     run(scenario())
 
@@ -76,7 +92,7 @@ def test_waiting_has_an_end() -> None:
             first = asked(queue, "first")
             await until(lambda: queue.running == 1)
             with pytest.raises(WaitedTooLong, match=r"not begun after 0\.05 s of waiting"):
-                await queue.speak(an_utterance("second"))
+                await whole(queue, "second")
             assert queue.waiting == 0
             engine.let_go()
             # Whoever has begun is past that deadline, however long it takes.
@@ -113,7 +129,7 @@ def test_who_leaves_while_being_spoken_holds_up_only_that_utterance() -> None:
             await asyncio.gather(first, return_exceptions=True)
             assert (queue.running, queue.waiting) == (1, 1)
             engine.let_go(2)
-            np.testing.assert_array_equal((await second).samples, noise(an_utterance("second")))
+            np.testing.assert_array_equal((await second)[0].samples, noise(an_utterance("second")))
 
     run(scenario())
 
@@ -122,7 +138,7 @@ def test_who_leaves_while_being_spoken_holds_up_only_that_utterance() -> None:
     ("text", "error", "words"),
     [
         ("refuse", Refused, "that recording is silent"),
-        ("fail", EngineError, "the GPU is out of memory"),
+        ("fail", EngineError, "the fan is stuck"),
         ("bug", EngineError, "cannot speak: ZeroDivisionError: division by zero"),
         ("stop", EngineError, "cannot speak: StopIteration: no message"),
     ],
@@ -133,28 +149,25 @@ def test_a_failure_reaches_its_own_caller_and_nobody_else(text: str, error: type
             failing, fine = asked(queue, text), asked(queue, "fine")
             with pytest.raises(error, match=words):
                 await failing
-            assert (await fine).samples.size
+            assert (await fine)[0].samples.size
 
     run(scenario())
 
 
-def test_a_broken_engine_is_reported_once_and_refuses_everyone() -> None:
+def test_a_broken_engine_is_told_to_who_broke_it_and_refuses_everyone_else() -> None:
     async def scenario() -> None:
-        reported: list[EngineBroken] = []
-        engine = FakeEngine(held=True)
-        queue = EngineQueue(lambda: engine, size=8, max_wait_s=60, on_broken=reported.append)
-        await queue.start()
-        breaking, waiting = asked(queue, "break"), asked(queue, "waits")
-        await until(lambda: queue.waiting == 1)
-        engine.let_go()
-        with pytest.raises(EngineBroken):
-            await breaking
-        for late in (waiting, asked(queue, "comes")):
-            with pytest.raises(Closed, match="the engine is broken: device-side assert"):
-                await late
-        assert [str(error) for error in reported] == ["device-side assert"]
-        assert not queue.alive
-        await queue.close()
+        async with a_queue(FakeEngine(held=True)) as queue:
+            assert isinstance(queue.engine, FakeEngine)
+            breaking, waiting = asked(queue, "break"), asked(queue, "waits")
+            await until(lambda: queue.waiting == 1)
+            queue.engine.let_go()
+            with pytest.raises(EngineBroken):
+                await breaking
+            for late in (waiting, asked(queue, "comes")):
+                with pytest.raises(Closed, match="the engine is broken"):
+                    await late
+            assert str(queue.broken) == "device-side assert"
+            assert not queue.sound
 
     run(scenario())
 
@@ -170,9 +183,9 @@ def test_the_engine_is_loaded_and_called_on_one_thread_that_is_not_the_loops() -
         return Threaded()
 
     async def scenario() -> None:
-        queue = EngineQueue(load, size=8, max_wait_s=60)
+        queue = queue_of(load)
         await queue.start()
-        await asyncio.gather(*(queue.speak(an_utterance(text)) for text in "abc"))
+        await asyncio.gather(*(whole(queue, text) for text in "abc"))
         await queue.close()
         assert len(threads) == 4
         assert set(threads) != {threading.main_thread()}
@@ -188,27 +201,161 @@ def test_what_loading_raises_is_raised_by_start() -> None:
         raise FileNotFoundError("no conds.pt")
 
     async def scenario() -> None:
-        queue = EngineQueue(load, size=8, max_wait_s=60)
+        queue = queue_of(load)
         with pytest.raises(EngineError, match=r"cannot load: FileNotFoundError: no conds\.pt"):
             await queue.start()
-        assert not queue.sound(60)
+        assert not queue.sound
 
     run(scenario())
 
 
-def test_an_utterance_that_runs_too_long_makes_the_engine_unsound() -> None:
+def test_an_utterance_that_runs_too_long_makes_the_engine_unsound_until_it_ends() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine, longest_utterance_s=0.05) as queue:
+            hangs, waits = asked(queue, "hangs"), asked(queue, "waits")
+            await until(lambda: queue.overdue)
+            assert not queue.sound
+            with pytest.raises(Closed, match="the engine is stuck"):
+                await whole(queue, "comes")
+            queue.hand_back("the engine is stuck")
+            with pytest.raises(Closed, match="the engine is stuck"):
+                await waits
+            engine.let_go()
+            await hangs
+            assert queue.sound
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("recent", "expected_s"),
+    [
+        ([], 120.0),
+        ([(100, 1.0)] * (RECENT - 1), 120.0),
+        ([(100, 1.0)] * RECENT, 30.0),
+        ([(100, 8.0)] * RECENT, 80.0),
+        ([(100, 20.0)] * RECENT, 120.0),
+    ],
+)
+def test_patience_follows_the_measured_pace_within_bounds(recent: list[tuple[int, float]], expected_s: float) -> None:
+    assert patience_s(100, recent, longest_s=120.0) == pytest.approx(expected_s)
+
+
+def test_a_stop_hands_back_who_waits_and_finishes_what_was_begun() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
         async with a_queue(engine) as queue:
-            assert queue.busy_since is None
-            assert queue.sound(0.0)
-            task = asked(queue, "hangs")
-            await until(lambda: queue.busy_since is not None)
-            await until(lambda: not queue.sound(0.01))
-            assert queue.sound(3600)
+            book, waits = asked(queue, "one", "two", "three"), asked(queue, "waits")
+            await until(lambda: heard(engine) == ["one"])
+            queue.drain()
+            with pytest.raises(Closed, match="the server is stopping"):
+                await waits
+            with pytest.raises(Closed, match="the server is stopping"):
+                await whole(queue, "comes")
+            assert queue.at_work
+            engine.let_go(3)
+            assert len(await book) == 3
+            assert not queue.at_work
+
+    run(scenario())
+
+
+def test_a_short_request_slips_in_between_the_pieces_of_a_book() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine, order="size") as queue:
+            book = asked(queue, "chapter one", "chapter two", "chapter three")
+            await until(lambda: heard(engine) == ["chapter one"])
+            short = asked(queue, "hi")
+            await until(lambda: queue.waiting == 1)
+            engine.let_go(4)
+            await asyncio.gather(book, short)
+            assert heard(engine) == ["chapter one", "hi", "chapter two", "chapter three"]
+
+    run(scenario())
+
+
+def test_first_in_first_out_lets_a_book_go_on() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine, order="fifo") as queue:
+            book = asked(queue, "chapter one", "chapter two")
+            await until(lambda: heard(engine) == ["chapter one"])
+            short = asked(queue, "hi")
+            await until(lambda: queue.waiting == 1)
+            engine.let_go(3)
+            await asyncio.gather(book, short)
+            assert heard(engine) == ["chapter one", "chapter two", "hi"]
+
+    run(scenario())
+
+
+def test_who_leaves_a_book_stops_it_at_the_next_piece() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine) as queue:
+            book, after = asked(queue, "one", "two", "three"), asked(queue, "after")
+            await until(lambda: heard(engine) == ["one"])
+            book.cancel()
+            engine.let_go(2)
+            await after
+            assert heard(engine) == ["one", "after"]
+
+    run(scenario())
+
+
+def test_a_reader_who_takes_nothing_lets_others_pass() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with a_queue(engine) as queue:
+            pieces = [an_utterance(str(number)) for number in range(10)]
+            async with queue.admit(pieces) as place:
+                await until(lambda: len(engine.heard) == AHEAD)
+                await whole(queue, "quick")
+                assert heard(engine) == ["0", "1", "quick"]
+                assert len([spoken async for spoken in place]) == 10
+
+    run(scenario())
+
+
+def test_a_wait_elsewhere_counts_towards_the_longest_one() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine, max_wait_s=60) as queue:
+            first = asked(queue, "first")
+            await until(lambda: queue.running == 1)
+            with pytest.raises(WaitedTooLong, match="not begun after 60 s"):
+                await whole(queue, "second", waited_s=59.99)
+            with pytest.raises(WaitedTooLong, match=r"not begun after 0\.01 s"):
+                await whole(queue, "third", max_wait_s=0.01)
             engine.let_go()
-            await task
-            assert queue.sound(0.01)
+            await first
+
+    run(scenario())
+
+
+def test_a_place_knows_how_many_were_before_it() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine) as queue:
+            places = [queue.admit([an_utterance(text)]) for text in "abc"]
+            assert [place.position for place in places] == [0, 1, 2]
+            engine.let_go(3)
+            for place in places:
+                async with place:
+                    assert len([spoken async for spoken in place]) == 1
+
+    run(scenario())
+
+
+def test_an_idle_engine_gives_back_what_it_caches() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with a_queue(engine) as queue:
+            await whole(queue, "hi")
+            await until(lambda: engine.freed == 1)
+            await whole(queue, "there")
 
     run(scenario())
 
@@ -216,33 +363,43 @@ def test_an_utterance_that_runs_too_long_makes_the_engine_unsound() -> None:
 def test_closing_refuses_who_waits_and_leaves_a_stuck_engine_behind() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        queue = EngineQueue(lambda: engine, size=8, max_wait_s=60)
+        queue = queue_of(lambda: engine)
         await queue.start()
         stuck, waits = asked(queue, "stuck"), asked(queue, "waits")
         await until(lambda: queue.waiting == 1)
         await queue.close(patience_s=0.01)
-        with pytest.raises(Closed, match="the server is stopping"):
-            await waits
+        for refused in (waits, stuck):
+            with pytest.raises(Closed, match="the server is stopping"):
+                await refused
         engine.let_go()
-        await stuck
+
+    run(scenario())
+
+
+def test_retry_after_is_when_the_request_nearest_to_its_end_ought_to_leave() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine) as queue:
+            assert queue.retry_after_s() == 1
+            book, page = asked(queue, *["x" * 100] * 10), asked(queue, "x" * 300)
+            await until(lambda: queue.waiting == 1)
+            # At a pace of 10 characters a second, the page is 30 s.
+            queue.measured(100, 10.0)
+            assert queue.retry_after_s() == 30
+            engine.let_go(11)
+            await asyncio.gather(book, page)
 
     run(scenario())
 
 
 @pytest.mark.parametrize(
-    ("recent_s", "elapsed_s", "expected"),
-    [
-        ((), 0.0, 1),
-        ((4.0,), 0.0, 4),
-        ((2.0, 4.0, 6.0), 0.0, 4),
-        ((4.0,), 1.5, 3),
-        ((4.0,), 60.0, 1),
-    ],
+    ("recent", "expected"),
+    [([], 1.0), ([(100, 4.0)], 2.0), ([(100, 4.0), (300, 4.0)], 1.0), ([(0, 0.0)], 1.0)],
 )
-def test_retry_after_is_when_the_running_utterance_ought_to_end(
-    recent_s: tuple[float, ...], elapsed_s: float, expected: int
+def test_the_time_of_fifty_characters_follows_the_measured_pace(
+    recent: list[tuple[int, float]], expected: float
 ) -> None:
-    assert retry_after_s(recent_s, elapsed_s=elapsed_s) == expected
+    assert expected_s(50, recent) == pytest.approx(expected)
 
 
 steps = st.one_of(
@@ -261,7 +418,7 @@ def test_any_schedule_keeps_the_order_and_loses_nobody(schedule: list[tuple[str,
 
     async def scenario() -> None:
         engine = FakeEngine(held=True)
-        tasks: list[asyncio.Task[Spoken]] = []
+        tasks: list[asyncio.Task[list[Spoken]]] = []
         waiting: list[int] = []
         running: int | None = None
         begun: list[int] = []
@@ -304,7 +461,7 @@ def test_any_schedule_keeps_the_order_and_loses_nobody(schedule: list[tuple[str,
             elif number in refused:
                 assert isinstance(answer, QueueFull | asyncio.CancelledError)
             else:
-                assert isinstance(answer, Spoken)
-                np.testing.assert_array_equal(answer.samples, noise(an_utterance(str(number))))
+                assert isinstance(answer, list)
+                np.testing.assert_array_equal(answer[0].samples, noise(an_utterance(str(number))))
 
     run(scenario())

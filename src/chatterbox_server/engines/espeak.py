@@ -3,11 +3,11 @@
 import io
 import shutil
 import subprocess
+import wave
 from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
@@ -27,8 +27,8 @@ class EspeakEngine:
     model = "espeak-ng"
     # OpenAI's pcm has no header and means 24 kHz, and Opus knows no 22,050 Hz, so this engine resamples.
     sample_rate_hz = 24_000
-    max_chars = 100_000
-    max_chars_reason = "that is about two hours of speech"
+    longest_piece = 1_000
+    tokens_per_audio_s: float | None = None
     speeds = (0.5, 2.5)
     defaults = Sampling()
 
@@ -39,6 +39,12 @@ class EspeakEngine:
 
     def facts(self) -> Mapping[str, object]:
         return {"engine": "offline stand-in: espeak-ng, not Chatterbox", "version": self._version, "devices": []}
+
+    def memory(self) -> None:
+        """It has no GPU."""
+
+    def free(self) -> None:
+        """It caches nothing."""
 
     def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
         if utterance.voice is not None:
@@ -68,17 +74,22 @@ def load() -> EspeakEngine:
 
 
 def decode(wav: bytes) -> tuple[NDArray[np.float32], int]:
-    """Samples and their rate. A streamed WAV's header promises 2 GB; libsndfile reads what is there.
+    """Samples and their rate. A streamed WAV's header promises 2 GB; what is there is read.
 
     Raises:
-        EngineError: it is no WAV.
+        EngineError: it is no WAV of one channel and 16 bits.
     """
     try:
-        samples, sample_rate_hz = soundfile.read(io.BytesIO(wav), dtype="float32")
-    except soundfile.SoundFileError as error:
-        msg = f"espeak-ng returned no WAV: {error}"
+        with wave.open(io.BytesIO(wav)) as sound:
+            shape, sample_rate_hz = (sound.getnchannels(), sound.getsampwidth()), sound.getframerate()
+            frames = sound.readframes(sound.getnframes())
+    except (wave.Error, EOFError) as error:
+        msg = f"espeak-ng returned no WAV: {str(error) or 'it ends early'}"
         raise EngineError(msg) from None
-    return samples, sample_rate_hz
+    if shape != (1, 2):
+        raise EngineError("espeak-ng returned no WAV of one channel and 16 bits")
+    whole = np.frombuffer(frames, "<i2", count=len(frames) // 2)
+    return whole.astype(np.float32) / 32768.0, sample_rate_hz
 
 
 def _run(argv: tuple[str, ...], text: str) -> bytes:

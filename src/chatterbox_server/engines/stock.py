@@ -6,6 +6,7 @@ this module sets all of it for every utterance, so that none hears the one befor
 
 import contextlib
 import copy
+import gc
 import importlib
 import logging
 import os
@@ -17,21 +18,33 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import soundfile
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineBroken, EngineError, Refused, Sampling, Utterance
+from chatterbox_server import recordings
+from chatterbox_server.engine import EngineBroken, EngineError, GpuMemory, OutOfMemory, Refused, Sampling, Utterance
+from chatterbox_server.recordings import NotARecording
 from chatterbox_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_CHARS: Final = 500
-MAX_CHARS_REASON: Final = (
-    "the model stops silently after 40 s of sound (1000 tokens), and this server does not split text into sentences yet"
-)
+LONGEST_PIECE: Final = 280
+"""Characters: about 20 s of sound, half of the 40 s (1000 tokens) after which the model stops without a word."""
+
+TOKENS_PER_AUDIO_S: Final = 25.0
+"""960 samples a token at 24 kHz."""
 
 TINY_CFG_WEIGHT: Final = 1e-6
 """Stands for a ``cfg_weight`` of 0, which the package crashes on: its loop always expects two rows."""
+
+FATAL: Final = (
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "CUFFT",
+    "device-side assert",
+    "illegal memory access",
+    "unspecified launch",
+)
+"""Words of errors after which no later call can be trusted, wherever they were noticed."""
 
 VOICES_KEPT: Final = 32
 """Conditionals of recordings kept ready; each holds some memory of the GPU, so their number has an end."""
@@ -150,8 +163,8 @@ class StockEngine:
     """One model of chatterbox-tts that is already built."""
 
     name = "stock"
-    max_chars = MAX_CHARS
-    max_chars_reason = MAX_CHARS_REASON
+    longest_piece = LONGEST_PIECE
+    tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
     speeds = (1.0, 1.0)
 
     def __init__(
@@ -191,14 +204,10 @@ class StockEngine:
         """Read back from torch, not from what it was told."""
         import torch
 
-        used = sorted({self._placement.t3, self._placement.s3gen})
-        cards = [torch.device(device) for device in used if device.startswith("cuda")]
         return {
             "weights": self._source,
             "devices": {"t3": self._placement.t3, "s3gen": self._placement.s3gen},
-            "gpus": [torch.cuda.get_device_name(card) for card in cards],
-            "memory_allocated_bytes": sum(torch.cuda.memory_allocated(card) for card in cards),
-            "memory_reserved_bytes": sum(torch.cuda.memory_reserved(card) for card in cards),
+            "gpus": [torch.cuda.get_device_name(card) for card in self._cards()],
             "tf32": {
                 "matmul": torch.backends.cuda.matmul.allow_tf32,
                 "cudnn": torch.backends.cudnn.allow_tf32,
@@ -211,6 +220,32 @@ class StockEngine:
             "chatterbox_tts": metadata.version("chatterbox-tts"),
             "voices_kept": len(self._voices),
         }
+
+    def memory(self) -> GpuMemory | None:
+        import torch
+
+        cards = self._cards()
+        if not cards:
+            return None
+        try:
+            free_and_total = [torch.cuda.mem_get_info(card) for card in cards]
+        except RuntimeError:
+            # The context is poisoned; the utterance that did it will say so.
+            return None
+        return GpuMemory(
+            allocated_bytes=sum(torch.cuda.memory_allocated(card) for card in cards),
+            reserved_bytes=sum(torch.cuda.memory_reserved(card) for card in cards),
+            free_bytes=sum(free for free, _ in free_and_total),
+            total_bytes=sum(total for _, total in free_and_total),
+        )
+
+    def free(self) -> None:
+        """Also lets go of the cycles that an exception leaves, whose frames hold tensors."""
+        import torch
+
+        gc.collect()
+        if self._cards():
+            torch.cuda.empty_cache()
 
     def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
         import torch
@@ -230,6 +265,12 @@ class StockEngine:
                 sound = self._chatterbox.generate(utterance.text, **keywords)
             samples: NDArray[np.float32] = sound.squeeze(0).float().cpu().numpy()
         return samples
+
+    def _cards(self) -> list[Any]:
+        import torch
+
+        used = sorted({self._placement.t3, self._placement.s3gen})
+        return [torch.device(device) for device in used if device.startswith("cuda")]
 
     # -- voices -------------------------------------------------------------------------------------------
 
@@ -251,7 +292,11 @@ class StockEngine:
         return self._voices[key]
 
     def _listen(self, voice: Path) -> Any:
-        check_recording(voice, shortest_s=self._kind.shortest_recording_s)
+        try:
+            recordings.check(voice, shortest_s=self._kind.shortest_recording_s, longest_s=LONGEST_RECORDING_S)
+        except NotARecording as error:
+            reason = f"voice {voice.stem}: {error}"
+            raise Refused(reason, param="voice") from error
         try:
             self._chatterbox.prepare_conditionals(str(voice))
         except Exception as error:
@@ -294,50 +339,31 @@ class StockEngine:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
             msg = f"the GPU is out of memory: {_one_line(error)}"
-            raise EngineError(msg) from error
+            raise OutOfMemory(msg) from error
         except Exception as error:
-            if self._placement.t3 != "cpu" and not isinstance(error, Refused):
+            if "STATUS_ALLOC_FAILED" in str(error):
+                # cuBLAS and cuDNN have words of their own for it.
+                msg = f"the GPU is out of memory: {_one_line(error)}"
+                raise OutOfMemory(msg) from error
+            if self._cards() and not isinstance(error, Refused):
                 self._still_works(error)
             raise
 
     def _still_works(self, error: Exception) -> None:
-        """After a device-side assert every later call fails too, even one that waits for nothing."""
+        """After a device-side assert every later call fails too, even one that waits for nothing.
+
+        cuBLAS and cuDNN may fail for good (a lost handle) while the context lives: those are known by their words.
+        """
         import torch
 
         try:
-            for device in {self._placement.t3, self._placement.s3gen}:
-                torch.cuda.synchronize(device)
+            for card in self._cards():
+                torch.cuda.synchronize(card)
         except RuntimeError:
             raise EngineBroken(_one_line(error)) from error
-
-
-def check_recording(voice: Path, *, shortest_s: float) -> None:
-    """Say in plain words what the package would say as ``NoBackendError('')`` or a bare ``RuntimeError``.
-
-    Raises:
-        Refused: not sound, too short, too long, silent, or not finite.
-    """
-    try:
-        info = soundfile.info(voice)
-        length_s = info.frames / info.samplerate
-        samples, _ = soundfile.read(voice, dtype="float32", frames=int(LONGEST_RECORDING_S * info.samplerate))
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
-        reason = f"voice {voice.stem}: cannot read the recording: {_one_line(error)}"
-        raise Refused(reason, param="voice") from error
-    problem = None
-    if length_s > LONGEST_RECORDING_S:
-        problem = f"lasts {length_s:.0f} s, and at most {LONGEST_RECORDING_S:.0f} s are read"
-    elif length_s < shortest_s:
-        problem = f"lasts {length_s:.2f} s, and this model needs at least {shortest_s:.2f} s"
-    elif not np.isfinite(samples).all():
-        problem = "has samples that are no number"
-    elif float(np.abs(samples).max()) < 1e-4:
-        problem = "is silent"
-    if problem is not None:
-        reason = f"voice {voice.stem}: the recording {problem}"
-        raise Refused(reason, param="voice")
+        if any(fatal in str(error) for fatal in FATAL):
+            raise EngineBroken(_one_line(error)) from error
 
 
 def load(settings: Settings) -> StockEngine:

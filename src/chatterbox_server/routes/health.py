@@ -1,5 +1,7 @@
 """Is the process there, and would it speak? Both answer at once, whatever the engine does."""
 
+import dataclasses
+
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
@@ -33,6 +35,8 @@ async def readyz(service: Shared) -> JSONResponse:
         "waiting": queue.waiting,
         "running": queue.running,
         "spoken": queue.spoken,
+        "max_input_chars": settings.max_input_chars,
+        "gpu_memory": None if queue.memory is None else dataclasses.asdict(queue.memory),
         "facts": dict(queue.engine.facts()),
     }
     if service.ready:

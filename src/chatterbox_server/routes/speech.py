@@ -3,39 +3,52 @@
 import asyncio
 import dataclasses
 import secrets
-from collections.abc import Coroutine
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from chatterbox_server import audio
+from chatterbox_server import audio, delivery, text
+from chatterbox_server.delivery import Script
 from chatterbox_server.engine import Engine, Sampling, Utterance
 from chatterbox_server.problems import BadRequest
-from chatterbox_server.queue import Spoken
 from chatterbox_server.service import Service, Shared
 from chatterbox_server.voices import DEFAULT
 
 router = APIRouter(prefix="/v1/audio", tags=["audio"])
 
-T = TypeVar("T")
-
-CLIENT_LEFT = 499
-"""nginx's word for a client that closed the connection; nobody reads it but the log."""
+FIRST_PIECE: Final = 80
+"""Characters of the first piece of a longer text, so that the first sound leaves early."""
 
 
 class SpeechRequest(BaseModel):
     """OpenAI's fields, and below them Chatterbox's own. Fields that are not listed are ignored."""
 
     model_config = ConfigDict(
-        strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {"input": "Hello.", "response_format": "wav"},
+                {
+                    "input": "The quick brown fox.",
+                    "voice": "nova",
+                    "stream_format": "sse",
+                    "exaggeration": 0.7,
+                    "seed": 1,
+                },
+            ]
+        },
     )
 
     model: str = "tts-1"
     """Any name: one model is loaded, and it speaks (see /v1/models)."""
     input: Annotated[str, Field(min_length=1)]
-    """What to say; how long it may be depends on the engine."""
+    """What to say. Long text is split into sentences and streamed; /readyz says how long it may be."""
     voice: str = DEFAULT
     """A name from /v1/audio/voices."""
     response_format: audio.Format = "mp3"
@@ -44,8 +57,8 @@ class SpeechRequest(BaseModel):
     """Other than 1.0 only where the engine can."""
     instructions: str | None = None
     """Accepted and ignored: Chatterbox takes its manner from the voice and from exaggeration."""
-    stream_format: Literal["audio"] = "audio"
-    """The sound itself; server-sent events are not offered."""
+    stream_format: Literal["audio", "sse"] = "audio"
+    """The sound itself, or OpenAI's server-sent events with the sound in base64."""
 
     language: str | None = None
     """Language code; without it the engine's own (English)."""
@@ -62,6 +75,8 @@ class SpeechRequest(BaseModel):
     repetition_penalty: Annotated[float, Field(ge=1.0, le=10.0)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**53)] | None = None
     """The same request with the same seed sounds the same; the answer's X-Seed says which was used."""
+    max_wait_s: Annotated[float, Field(gt=0.0, le=3600.0)] | None = None
+    """Give up (503) when not begun after so many seconds; never longer than the server's own limit."""
 
     @field_validator("input")
     @classmethod
@@ -78,35 +93,26 @@ class SpeechRequest(BaseModel):
 @router.post(
     "/speech",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in audio.MEDIA_TYPES.values()}}},
+    responses={200: {"content": {media: {} for media in (*audio.MEDIA_TYPES.values(), delivery.SERVER_SENT_EVENTS)}}},
 )
 async def speech(asked: SpeechRequest, request: Request, service: Shared) -> Response:
     """Say ``input``. 400 says what to change; 503 says in Retry-After when to come back."""
-    queue = service.queue
-    utterance = await asyncio.to_thread(complete, asked, service)
-    spoken = await unless_client_leaves(request, queue.speak(utterance))
-    if spoken is None:
-        request.state.outcome = "client left"
-        return Response(status_code=CLIENT_LEFT)
-    # In a thread: a minute of mp3 takes long enough to delay a health check.
-    sound = await asyncio.to_thread(audio.encode, spoken.samples, queue.engine.sample_rate_hz, asked.response_format)
-    headers = measured(spoken, queue.engine.sample_rate_hz) | {"X-Seed": str(utterance.seed)}
-    request.state.outcome = f"spoke {headers['X-Audio-Duration']} s of {asked.response_format}"
-    return Response(sound, media_type=audio.MEDIA_TYPES[asked.response_format], headers=headers)
+    script = await asyncio.to_thread(complete, asked, service)
+    return await delivery.deliver(request, service, script, {"X-Seed": str(script.utterances[0].seed)})
 
 
-def complete(asked: SpeechRequest, service: Service) -> Utterance:
+def complete(asked: SpeechRequest, service: Service) -> Script:
     """Decide everything that the client left open.
 
     Raises:
         BadRequest, UnknownVoice: this engine cannot do what was asked.
     """
     engine = service.queue.engine
-    _check(asked, engine)
+    _check(asked, engine, service.settings.max_input_chars)
     given = {
         field.name: value for field in dataclasses.fields(Sampling) if (value := getattr(asked, field.name)) is not None
     }
-    return Utterance(
+    whole = Utterance(
         text=asked.input,
         voice=service.voices.find(asked.voice).recording,
         language=engine.languages[0] if asked.language is None else asked.language.lower(),
@@ -114,45 +120,24 @@ def complete(asked: SpeechRequest, service: Service) -> Utterance:
         sampling=dataclasses.replace(engine.defaults, **given),
         seed=secrets.randbelow(2**32) if asked.seed is None else asked.seed,
     )
+    # What is short anyway sounds best in one breath.
+    first = FIRST_PIECE if len(asked.input) > 2 * FIRST_PIECE else None
+    pieces = text.split(asked.input, language=whole.language, longest=engine.longest_piece, first=first)
+    if not pieces:
+        message = "input: there is nothing to say in it, only signs"
+        raise BadRequest(message, param="input")
+    return Script(
+        utterances=[dataclasses.replace(whole, text=piece.text) for piece in pieces],
+        pauses_s=[piece.pause_s for piece in pieces],
+        audio_format=asked.response_format,
+        as_events=asked.stream_format == "sse",
+        max_wait_s=asked.max_wait_s,
+    )
 
 
-def measured(spoken: Spoken, sample_rate_hz: int) -> dict[str, str]:
-    """Headers that tell how it went; the real-time factor is compute per second of sound."""
-    audio_s = spoken.samples.size / sample_rate_hz
-    return {
-        "X-Queue-Wait": f"{spoken.queue_wait_s:.3f}",
-        "X-Real-Time-Factor": f"{spoken.synthesis_s / audio_s:.3f}",
-        "X-Audio-Duration": f"{audio_s:.3f}",
-    }
-
-
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``; ``None``, with ``work`` cancelled, as soon as the client hangs up.
-
-    Once the body has been read, the next thing the connection can say is that it is gone.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _check(asked: SpeechRequest, engine: Engine) -> None:
-    if len(asked.input) > engine.max_chars:
-        message = (
-            f"input has {len(asked.input)} characters, and {engine.model} accepts {engine.max_chars}"
-            f" in one request: {engine.max_chars_reason}"
-        )
+def _check(asked: SpeechRequest, engine: Engine, max_input_chars: int) -> None:
+    if len(asked.input) > max_input_chars:
+        message = f"input has {len(asked.input)} characters, and this server accepts {max_input_chars}"
         raise BadRequest(message, param="input")
     slowest, fastest = engine.speeds
     if not slowest <= asked.speed <= fastest:

@@ -1,0 +1,312 @@
+"""From a request's place in the queue to the bytes of its answer: whole, as a stream, or as server-sent events.
+
+What is short comes whole, with its length and what it cost in the headers. What has several pieces leaves piece
+by piece, the first as soon as it is spoken.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from fastapi import Request
+from fastapi.responses import Response
+from numpy.typing import NDArray
+from starlette.types import Receive, Scope, Send
+
+from chatterbox_server import audio
+from chatterbox_server.engine import EngineError, Refused, Utterance
+from chatterbox_server.joints import Joints
+from chatterbox_server.metrics import Failure, Outcome
+from chatterbox_server.queue import Busy, Place
+from chatterbox_server.service import Service
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+CLIENT_LEFT: Final = 499
+"""nginx's word for a client that closed the connection; nobody reads it but the log."""
+
+SERVER_SENT_EVENTS: Final = "text/event-stream"
+
+LEFT: Final[Outcome] = "left"
+CUT_SHORT: Final[Outcome] = "cut"
+
+FAILURES: Final = (EngineError, Refused, Busy, audio.NotSound)
+"""What may yet go wrong when the first byte has left; anything else is a bug."""
+
+
+class ClientLeft(Exception):
+    """Nobody listens any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Script:
+    """What a request comes down to."""
+
+    utterances: Sequence[Utterance]
+    pauses_s: Sequence[float]
+    """Silence after each utterance."""
+    audio_format: audio.Format
+    as_events: bool
+    max_wait_s: float | None
+
+    @property
+    def chars(self) -> int:
+        return sum(len(utterance.text) for utterance in self.utterances)
+
+
+@dataclass(slots=True)
+class Speech:
+    """The sound of one request as it comes, and what it cost so far."""
+
+    script: Script
+    place: Place
+    request: Request
+    service: Service
+    synthesis_s: float = 0.0
+    samples: int = 0
+    _joints: Joints = field(init=False)
+    _left: Iterator[float] = field(init=False)
+    _spoken: AsyncIterator[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._joints = Joints(self.sample_rate_hz)
+        self._left = iter(self.script.pauses_s)
+        self._spoken = aiter(self.place)
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.service.queue.engine.sample_rate_hz
+
+    @property
+    def audio_s(self) -> float:
+        return self.samples / self.sample_rate_hz
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of computing per second of sound."""
+        return self.synthesis_s / self.audio_s if self.samples else 0.0
+
+    async def next_piece(self) -> NDArray[np.float32] | None:
+        """The next piece, ready to be put behind the one before; ``None`` after the last."""
+        try:
+            spoken = await anext(self._spoken)
+        except StopAsyncIteration:
+            return None
+        joined = await asyncio.to_thread(self._joints.join, spoken.samples, next(self._left))
+        self.synthesis_s += spoken.synthesis_s
+        self.samples += joined.size
+        self._measure(spoken.samples.size / self.sample_rate_hz, spoken.synthesis_s, spoken.remarks)
+        return joined
+
+    def _measure(self, audio_s: float, synthesis_s: float, remarks: Sequence[Failure]) -> None:
+        pace = self.service.queue.engine.tokens_per_audio_s
+        tokens = None if pace is None else pace * audio_s
+        self.service.metrics.spoke(synthesis_s=synthesis_s, audio_s=audio_s, tokens=tokens)
+        for remark in remarks:
+            self.service.metrics.engine_failed(remark)
+
+
+class Listener:
+    """The other end of a request, for as long as it is there.
+
+    Once the body has been read, the next thing the connection can say is that it is gone.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._leaving = asyncio.ensure_future(_gone(request))
+
+    async def waits_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, which is cancelled as soon as nobody listens.
+
+        Raises:
+            ClientLeft: before it was done.
+        """
+        working = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((working, self._leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientLeft
+            return await working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextlib.asynccontextmanager
+async def speak(request: Request, service: Service, script: Script) -> AsyncIterator[tuple[Speech, Listener]]:
+    """A place in the queue for ``script``, held while the client listens.
+
+    Raises:
+        Busy: as ``EngineQueue.admit``.
+    """
+    state = request.state
+    place = service.queue.admit(
+        script.utterances,
+        client=getattr(state, "client", "") or request.headers.get("x-client", ""),
+        max_wait_s=script.max_wait_s,
+        waited_s=_seconds(request.headers.get("x-waited", "")),
+    )
+    async with place:
+        speech = Speech(script, place, request, service)
+        try:
+            with Listener(request) as listener:
+                yield speech, listener
+        finally:
+            service.metrics.waited(place.queue_wait_s)
+            state.log |= {
+                "chars": script.chars,
+                "pieces": len(script.utterances),
+                "format": script.audio_format,
+                "queue_wait_s": place.queue_wait_s,
+                "audio_s": speech.audio_s,
+                "real_time_factor": speech.real_time_factor,
+            }
+
+
+async def deliver(request: Request, service: Service, script: Script, headers: Mapping[str, str]) -> Response:
+    """Answer ``request`` with the sound of ``script``; a failure before its first byte is raised, not sent."""
+    async with AsyncExitStack() as stack:
+        try:
+            speech, listener = await stack.enter_async_context(speak(request, service, script))
+            first = await listener.waits_for(speech.next_piece())
+            if len(script.utterances) == 1 and not script.as_events:
+                return await _whole(speech, first, headers)
+            encoder = audio.Encoder(script.audio_format, speech.sample_rate_hz)
+            chunk = await asyncio.to_thread(_encoded, encoder, first)
+        except ClientLeft:
+            request.state.outcome = LEFT
+            return Response(status_code=CLIENT_LEFT)
+        chunks = _chunks(speech, listener, encoder, chunk)
+        media_type = SERVER_SENT_EVENTS if script.as_events else audio.MEDIA_TYPES[script.audio_format]
+        if script.as_events:
+            chunks = _events(speech, chunks)
+        return Stream(request, chunks, stack.pop_all(), media_type, {**headers, **_measured(speech)})
+
+
+async def _whole(speech: Speech, samples: NDArray[np.float32] | None, headers: Mapping[str, str]) -> Response:
+    # In a thread: a minute of mp3 takes long enough to delay a health check.
+    sound = await asyncio.to_thread(
+        audio.encode, _something(samples), speech.sample_rate_hz, speech.script.audio_format
+    )
+    return Response(
+        sound,
+        media_type=audio.MEDIA_TYPES[speech.script.audio_format],
+        headers={**headers, **_measured(speech), "X-Audio-Duration": f"{speech.audio_s:.3f}"},
+    )
+
+
+def _measured(speech: Speech) -> dict[str, str]:
+    """How it went until the first byte leaves; the real-time factor is that of what was spoken so far."""
+    first_byte_s = time.monotonic() - speech.request.state.began_s
+    speech.service.metrics.first_byte(first_byte_s)
+    speech.request.state.log["first_byte_s"] = first_byte_s
+    return {
+        "X-Queue-Wait": f"{speech.place.queue_wait_s:.3f}",
+        "X-Queue-Position": str(speech.place.position),
+        "X-Time-To-First-Byte": f"{first_byte_s:.3f}",
+        "X-Real-Time-Factor": f"{speech.real_time_factor:.3f}",
+    }
+
+
+async def _chunks(speech: Speech, listener: Listener, encoder: audio.Encoder, chunk: bytes) -> AsyncIterator[bytes]:
+    yield chunk
+    while (samples := await listener.waits_for(speech.next_piece())) is not None:
+        yield await asyncio.to_thread(encoder.encode, samples)
+    yield await asyncio.to_thread(encoder.finish)
+
+
+async def _events(speech: Speech, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """OpenAI's events: sound in ``speech.audio.delta``, then one ``speech.audio.done``.
+
+    A failure after the first byte is an event of its own, since the status has long been sent.
+    """
+    try:
+        async for chunk in chunks:
+            if chunk:
+                yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(chunk).decode()})
+    except FAILURES as error:
+        speech.request.state.outcome = CUT_SHORT
+        problem = {"message": str(error), "type": "server_error", "param": None, "code": "cut_short"}
+        yield _event({"type": "error", "error": problem})
+        return
+    tokens = round(speech.audio_s * (speech.service.queue.engine.tokens_per_audio_s or 0))
+    spent = {"input_tokens": speech.script.chars, "output_tokens": tokens}
+    yield _event({"type": "speech.audio.done", "usage": spent | {"total_tokens": sum(spent.values())}})
+
+
+def _event(body: Mapping[str, object]) -> bytes:
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+
+
+class Stream(Response):
+    """A body of unknown length, whose ``resources`` are released when it ends, however it ends."""
+
+    def __init__(
+        self,
+        request: Request,
+        chunks: AsyncIterator[bytes],
+        resources: AsyncExitStack,
+        media_type: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__(media_type=media_type, headers=headers)
+        del self.headers["content-length"]
+        self._request = request
+        self._chunks = chunks
+        self._resources = resources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 (ASGI's signature)
+        """Without a last chunk, whoever listens knows that something is missing."""
+        async with self._resources:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                async for chunk in self._chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except ClientLeft:
+                self._request.state.outcome = LEFT
+                return
+            except FAILURES as error:
+                self._request.state.outcome = CUT_SHORT
+                log.error("cut short, request %s: %s", self._request.state.request_id, error)  # noqa: TRY400 (one line)
+                return
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _encoded(encoder: audio.Encoder, samples: NDArray[np.float32] | None) -> bytes:
+    return encoder.encode(_something(samples))
+
+
+def _something(samples: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    if samples is None:
+        msg = "the engine returned no sound"
+        raise audio.NotSound(msg)
+    return samples
+
+
+def _seconds(header: str) -> float:
+    try:
+        seconds = float(header)
+    except ValueError:
+        return 0.0
+    return seconds if 0.0 <= seconds < 86_400.0 else 0.0

@@ -1,0 +1,59 @@
+"""One piece of text, spoken well: sound of a plausible length, or smaller bites where memory is short.
+
+Runs on the engine's thread; decides when to ask the engine again, never what to do with an error that stays.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatterbox_server import pace, text
+from chatterbox_server.engine import Engine, OutOfMemory, Utterance
+from chatterbox_server.metrics import Failure
+
+SMALLEST = 40
+"""Characters below which half a text needs hardly less memory than the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    samples: NDArray[np.float32]
+    remarks: tuple[Failure, ...] = ()
+    """What did not go well at once: ``out_of_memory``, ``odd_piece``."""
+
+
+def speak(engine: Engine, utterance: Utterance, *, check_duration: bool = True) -> Sound:
+    """Speak ``utterance``, once more if it came out too short or too long for its text.
+
+    Raises:
+        Refused, EngineError: as the engine does; ``OutOfMemory`` only if smaller bites did not fit either.
+    """
+    samples, remarks = _in_memory(engine, utterance)
+    if not check_duration or _plausible(engine, utterance, samples):
+        return Sound(samples, remarks)
+    # The model sometimes stops early or rambles on; other dice seldom do it again.
+    again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1))
+    better = again if _plausible(engine, utterance, again) else samples
+    return Sound(better, (*remarks, *more, "odd_piece"))
+
+
+def _in_memory(engine: Engine, utterance: Utterance) -> tuple[NDArray[np.float32], tuple[Failure, ...]]:
+    """The sound, in halves where the whole does not fit."""
+    try:
+        return engine.synthesize(utterance), ()
+    except OutOfMemory:
+        # Outside this handler, whose exception holds the frames that hold the memory.
+        pass
+    engine.free()
+    halves = text.split(
+        utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)
+    )
+    sounds = [engine.synthesize(dataclasses.replace(utterance, text=half.text)) for half in halves]
+    return np.concatenate(sounds), ("out_of_memory",)
+
+
+def _plausible(engine: Engine, utterance: Utterance, samples: NDArray[np.float32]) -> bool:
+    audio_s = samples.size / engine.sample_rate_hz
+    return pace.plausible(utterance.text, audio_s, speed=utterance.speed) is None
