@@ -21,7 +21,8 @@ from chatterbox_server.limits import BodyLimit, longest_json
 from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
 from chatterbox_server.order import order
 from chatterbox_server.queue import EngineQueue
-from chatterbox_server.routes import health, models, speech, voices
+from chatterbox_server.results import Results
+from chatterbox_server.routes import compat, health, models, speech, voices
 from chatterbox_server.routes import metrics as metrics_route
 from chatterbox_server.service import Service
 from chatterbox_server.settings import Settings
@@ -60,8 +61,9 @@ def create_app(load: Callable[[], Engine], settings: Settings, *, keys: Keys | N
     library = Library(settings.voices_dir, settings.aliases)
     # The version is that of the API: which server this is, is nobody's business.
     app = FastAPI(title="Chatterbox speech server", version="1", description=DESCRIPTION, lifespan=lifetime)
-    app.state.service = Service(settings, queue, library, metrics, int(time.time()))
-    for routes in (speech, voices, models, health, metrics_route):
+    results = Results(settings.results_dir)
+    app.state.service = Service(settings, queue, library, results, metrics, int(time.time()))
+    for routes in (speech, voices, models, health, metrics_route, compat):
         app.include_router(routes.router)
     problems.install(app)
     upload_bytes = settings.max_upload_mb * 1_000_000

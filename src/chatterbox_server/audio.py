@@ -1,5 +1,6 @@
 """Samples into the bytes of a format, whole or as they come. Touches no file."""
 
+import contextlib
 import io
 import weakref
 from fractions import Fraction
@@ -57,6 +58,11 @@ class _Sink(Protocol):
     def write(self, content: bytes, /) -> int: ...
 
 
+class _File(_Sink, Protocol):
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+    def tell(self) -> int: ...
+
+
 class _Pipe:
     """Takes bytes and cannot seek, so that no muxer counts on mending its header later."""
 
@@ -110,6 +116,11 @@ class _Codec:
         self._container.mux(self._stream.encode(None))
         self._close()
 
+    def drop(self) -> None:
+        # The end of the file is written even so, and on a full disk that fails.
+        with contextlib.suppress(OSError, av.error.FFmpegError):
+            self._close()
+
 
 class Encoder:
     """A stream of unknown length, encoded as its sound comes; memory does not grow with it.
@@ -141,6 +152,41 @@ class Encoder:
         return self._pipe.take()
 
 
+class Recorder:
+    """A file of unknown length, encoded as its sound comes; memory does not grow with it.
+
+    Finished, it has exact lengths in every header that has one, for a file can be mended.
+    """
+
+    def __init__(self, audio_format: Format, sample_rate_hz: int, file: _File) -> None:
+        """``file`` is written to until ``finish`` or ``drop``; closing it is up to the caller."""
+        self._file = file
+        self._codec = None if audio_format == "pcm" else _Codec(audio_format, sample_rate_hz, file, seeks=True)
+
+    def write(self, samples: NDArray[np.float32]) -> None:
+        """Add ``samples``.
+
+        Raises:
+            NotSound: as the function ``encode``; what came before is unharmed.
+            OSError: the file cannot be written to.
+        """
+        whole = _sixteen_bit(samples)
+        if self._codec is None:
+            self._file.write(whole.tobytes())
+        else:
+            self._codec.write(whole)
+
+    def finish(self) -> None:
+        """Write the rest, and the lengths; called once, and last. Raises ``OSError``."""
+        if self._codec is not None:
+            self._codec.finish()
+
+    def drop(self) -> None:
+        """Release the codec, whatever the file is now; after ``finish`` there is nothing left to do."""
+        if self._codec is not None:
+            self._codec.drop()
+
+
 def encode(samples: NDArray[np.float32], sample_rate_hz: int, audio_format: Format) -> bytes:
     """Encode mono ``samples`` at once, with exact lengths in every header that has one.
 
@@ -149,13 +195,13 @@ def encode(samples: NDArray[np.float32], sample_rate_hz: int, audio_format: Form
     Raises:
         NotSound: no samples, more than one channel, or a sample that is not a finite number.
     """
-    whole = _sixteen_bit(samples)
-    if audio_format == "pcm":
-        return whole.tobytes()
     buffer = io.BytesIO()
-    codec = _Codec(audio_format, sample_rate_hz, buffer, seeks=True)
-    codec.write(whole)
-    codec.finish()
+    recorder = Recorder(audio_format, sample_rate_hz, buffer)
+    try:
+        recorder.write(samples)
+        recorder.finish()
+    finally:
+        recorder.drop()
     return buffer.getvalue()
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from chatterbox_server import audio
-from chatterbox_server.engine import EngineError, Refused, Utterance
+from chatterbox_server.engine import EngineError, OutOfMemory, Refused, Utterance
 from chatterbox_server.joints import Joints
 from chatterbox_server.metrics import Failure, Outcome
 from chatterbox_server.queue import Busy, Place
@@ -102,6 +102,9 @@ class Speech:
             spoken = await anext(self._spoken)
         except StopAsyncIteration:
             return None
+        except OutOfMemory:
+            self.service.metrics.engine_failed("out_of_memory")
+            raise
         joined = await asyncio.to_thread(self._joints.join, spoken.samples, next(self._left))
         self.synthesis_s += spoken.synthesis_s
         self.samples += joined.size
@@ -184,9 +187,18 @@ async def speak(request: Request, service: Service, script: Script) -> AsyncIter
             }
 
 
-async def deliver(request: Request, service: Service, script: Script, headers: Mapping[str, str]) -> Response:
-    """Answer ``request`` with the sound of ``script``; a failure before its first byte is raised, not sent."""
-    async with AsyncExitStack() as stack:
+async def deliver(
+    request: Request,
+    service: Service,
+    script: Script,
+    headers: Mapping[str, str],
+    resources: AsyncExitStack | None = None,
+) -> Response:
+    """Answer ``request`` with the sound of ``script``; a failure before its first byte is raised, not sent.
+
+    ``resources``, if any, are what the script needs: released with the last byte, or when there is none.
+    """
+    async with resources or AsyncExitStack() as stack:
         try:
             speech, listener = await stack.enter_async_context(speak(request, service, script))
             first = await listener.waits_for(speech.next_piece())
@@ -195,13 +207,12 @@ async def deliver(request: Request, service: Service, script: Script, headers: M
             encoder = audio.Encoder(script.audio_format, speech.sample_rate_hz)
             chunk = await asyncio.to_thread(_encoded, encoder, first)
         except ClientLeft:
-            request.state.outcome = LEFT
-            return Response(status_code=CLIENT_LEFT)
+            return left(request)
         chunks = _chunks(speech, listener, encoder, chunk)
         media_type = SERVER_SENT_EVENTS if script.as_events else audio.MEDIA_TYPES[script.audio_format]
         if script.as_events:
             chunks = _events(speech, chunks)
-        return Stream(request, chunks, stack.pop_all(), media_type, {**headers, **_measured(speech)})
+        return Stream(request, chunks, stack.pop_all(), media_type, {**headers, **measured(speech)})
 
 
 async def _whole(speech: Speech, samples: NDArray[np.float32] | None, headers: Mapping[str, str]) -> Response:
@@ -212,11 +223,17 @@ async def _whole(speech: Speech, samples: NDArray[np.float32] | None, headers: M
     return Response(
         sound,
         media_type=audio.MEDIA_TYPES[speech.script.audio_format],
-        headers={**headers, **_measured(speech), "X-Audio-Duration": f"{speech.audio_s:.3f}"},
+        headers={**headers, **measured(speech), "X-Audio-Duration": f"{speech.audio_s:.3f}"},
     )
 
 
-def _measured(speech: Speech) -> dict[str, str]:
+def left(request: Request) -> Response:
+    """What is answered to nobody."""
+    request.state.outcome = LEFT
+    return Response(status_code=CLIENT_LEFT)
+
+
+def measured(speech: Speech) -> dict[str, str]:
     """How it went until the first byte leaves; the real-time factor is that of what was spoken so far."""
     first_byte_s = time.monotonic() - speech.request.state.began_s
     speech.service.metrics.first_byte(first_byte_s)

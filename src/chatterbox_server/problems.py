@@ -13,6 +13,7 @@ from chatterbox_server.audio import NotSound
 from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory, Refused
 from chatterbox_server.queue import Busy
 from chatterbox_server.recordings import NotARecording
+from chatterbox_server.results import CannotKeep, KeepsNothing, NoSuchResult
 from chatterbox_server.voices import BadName, LibraryFull, LibraryReadOnly, NameTaken, UnknownVoice
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     for wrong in (BadRequest, Refused, UnknownVoice):
         app.add_exception_handler(wrong, _refused)
-    for kept_out in _OF_VOICES:
+    for kept_out in _OF_FILES:
         app.add_exception_handler(kept_out, _not_kept)
     app.add_exception_handler(Busy, _busy)
     for failed in (EngineError, NotSound):
@@ -68,7 +69,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101 (Starlette calls by type)
-    if not request.headers.get("content-type", "").split(";")[0].strip().endswith("json"):
+    if all(wrong["loc"] == ("body",) for wrong in error.errors()) and not is_json(request):
         return problem(400, "the body must be JSON, sent with Content-Type: application/json")
     said: list[str] = []
     params: list[str] = []
@@ -81,6 +82,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
         said.append(f"{where or 'body'}: {message[:1].lower()}{message[1:]}{given}")
         params.append(where)
     return problem(400, "; ".join(said), param=params[0] or None, code="invalid_value")
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body says that it is JSON."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower().endswith("json")
 
 
 def _short(value: object) -> str:
@@ -96,18 +102,21 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     return problem(400, str(error), param=param, code="invalid_value")
 
 
-# Why a voice could not be kept, renamed or removed: status, the field to blame, code.
-_OF_VOICES: Final[dict[type[Exception], tuple[int, str | None, str]]] = {
+# Why a voice could not be kept, renamed or removed, a result neither kept nor found: status, the field to blame, code.
+_OF_FILES: Final[dict[type[Exception], tuple[int, str | None, str]]] = {
     NotARecording: (400, "file", "invalid_value"),
     BadName: (400, "name", "invalid_value"),
     NameTaken: (409, "name", "name_taken"),
     LibraryFull: (409, None, "library_full"),
     LibraryReadOnly: (403, None, "read_only"),
+    NoSuchResult: (404, "name", "not_found"),
+    KeepsNothing: (501, None, "keeps_nothing"),
+    CannotKeep: (507, None, "cannot_keep"),
 }
 
 
 async def _not_kept(_request: Request, error: Exception) -> JSONResponse:
-    status, param, code = _OF_VOICES[type(error)]
+    status, param, code = _OF_FILES[type(error)]
     return problem(status, str(error), param=param, code=code)
 
 
@@ -123,7 +132,9 @@ async def _failed(_request: Request, error: Exception) -> JSONResponse:
         answer = unavailable(str(error), retry_after_s=1, code="engine_broken")
         answer.headers["X-Engine"] = "broken"
         return answer
-    log.error("cannot speak: %s", error, exc_info=error)
     if isinstance(error, OutOfMemory):
+        # Where in the model it ran out tells nobody anything.
+        log.error("cannot speak: %s", " ".join(str(error).split()))
         return unavailable(str(error), retry_after_s=1, code="out_of_memory")
+    log.error("cannot speak: %s", error, exc_info=error)
     return problem(500, str(error), code="engine_error")

@@ -9,7 +9,7 @@ import contextlib
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -125,6 +125,9 @@ class Place:
         job = self._job
         while True:
             while job.spoken:
+                if len(job.spoken) == AHEAD:
+                    # Until now it was its reader who let it wait, not the engine.
+                    job.waiting_since_s = time.monotonic()
                 spoken = job.spoken.popleft()
                 self._queue.go_on()
                 yield spoken
@@ -287,9 +290,8 @@ class EngineQueue:
         if self.overdue:
             raise Closed(STUCK, retry_after_s=1)
         waiting = self.waiting
-        if self._running is not None and waiting >= self._size:
-            reason = f"{waiting} requests wait already, and no more may"
-            raise QueueFull(reason, retry_after_s=self.retry_after_s())
+        if self._running is not None and waiting >= self._size and not self._made_room(client):
+            raise self._full(waiting)
         now_s = time.monotonic()
         job = _Job(
             deque(utterances),
@@ -310,6 +312,27 @@ class EngineQueue:
     def measured(self, chars: int, synthesis_s: float) -> None:
         """What an utterance took, for the next one's estimate."""
         self._recent.append((chars, synthesis_s))
+
+    def _made_room(self, client: str) -> bool:
+        """Whether whoever holds most places had to give up its newest, because ``client`` holds far fewer.
+
+        Else a client that floods the queue would keep everybody else out, however fairly the engine is shared behind.
+        """
+        jobs = [job for job in self._jobs if job.wants_the_engine and not self.speaks(job)]
+        places = Counter(job.client for job in jobs)
+        fullest, most = max(places.items(), key=lambda held: held[1], default=(client, 0))
+        # Less than that, and two clients would push each other out in turn.
+        if places[client] + 1 >= most:
+            return False
+        unbegun = [job for job in jobs if job.client == fullest and not job.begun]
+        if not unbegun:
+            return False
+        self._fail(max(unbegun, key=lambda job: job.admitted_s), self._full(len(jobs)))
+        return True
+
+    def _full(self, waiting: int) -> QueueFull:
+        reason = f"{waiting} requests wait already, and no more may"
+        return QueueFull(reason, retry_after_s=self.retry_after_s())
 
     def leave(self, job: _Job) -> None:
         """Forget ``job``; the utterance that is being spoken for it ends unheard."""

@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from chatterbox_server.metrics import Metrics
 from chatterbox_server.queue import EngineQueue
+from chatterbox_server.results import Results
 from chatterbox_server.settings import Settings
 from chatterbox_server.voices import Library
 
@@ -16,6 +17,7 @@ class Service:
     settings: Settings
     queue: EngineQueue
     voices: Library
+    results: Results
     metrics: Metrics
     started_at: int
     """Unix time, for OpenAI's ``created``."""

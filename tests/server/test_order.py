@@ -110,8 +110,9 @@ def test_first_come_first_served_to_its_end(sizes_s: list[float]) -> None:
 
 def test_first_come_first_served_lets_nobody_between_two_pieces() -> None:
     chosen_by = order("fifo", max_wait_s=MAX_WAIT_S)
-    book, other = a_claim(client="reader", at_s=1.0, remaining_s=100), a_claim(client="other", at_s=1.0)
-    assert chosen_by.choose([book, other], 1.0) == 0
+    # Later than the other, yet its client's turn came before.
+    book, other = a_claim(client="reader", at_s=1.0, remaining_s=100), a_claim(client="other", at_s=0.5)
+    chosen_by.choose([book], 1.0)
     chosen_by.served(book, 10.0)
     assert chosen_by.choose([replace(book, begun=True, waiting_since_s=11.0), other], 11.0) == 0
 

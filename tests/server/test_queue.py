@@ -69,6 +69,23 @@ def test_one_more_than_may_wait_is_refused_at_once() -> None:
     run(scenario())
 
 
+def test_who_floods_the_queue_gives_places_up_to_others_but_only_so_many() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        async with a_queue(engine, size=4) as queue:
+            flood = [asked(queue, f"flood {number}", client="loud") for number in range(5)]
+            await until(lambda: queue.waiting == 4)
+            quiet = [asked(queue, f"quiet {number}", client="quiet") for number in range(3)]
+            # Two of four places each; a third would only be taken back.
+            await until(quiet[2].done)
+            engine.let_go(5)
+            answers = await asyncio.gather(*flood, *quiet, return_exceptions=True)
+            refused = [number for number, answer in enumerate(answers) if isinstance(answer, QueueFull)]
+            assert refused == [3, 4, 7]
+
+    run(scenario())
+
+
 def test_a_queue_of_no_places_still_serves_one_at_a_time() -> None:
     async def scenario() -> None:
         engine = FakeEngine(held=True)
