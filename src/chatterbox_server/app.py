@@ -19,6 +19,7 @@ from chatterbox_server.engine import Engine, Utterance
 from chatterbox_server.keys import OPEN, Keys, RequireKey
 from chatterbox_server.limits import BodyLimit, longest_json
 from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
+from chatterbox_server.openapi import TAGS, App
 from chatterbox_server.order import order
 from chatterbox_server.queue import EngineQueue
 from chatterbox_server.results import Results
@@ -60,7 +61,10 @@ def create_app(load: Callable[[], Engine], settings: Settings, *, keys: Keys | N
     metrics = Metrics(restarts=count_start(settings.runtime_dir))
     library = Library(settings.voices_dir, settings.aliases)
     # The version is that of the API: which server this is, is nobody's business.
-    app = FastAPI(title="Chatterbox speech server", version="1", description=DESCRIPTION, lifespan=lifetime)
+    app = App(
+        title="Chatterbox speech server", version="1", description=DESCRIPTION, openapi_tags=TAGS, lifespan=lifetime
+    )
+    app.needs_key = keys is not None
     results = Results(settings.results_dir)
     app.state.service = Service(settings, queue, library, results, metrics, int(time.time()))
     for routes in (speech, voices, models, health, metrics_route, compat):

@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from chatterbox_server.audio import NotSound
 from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory, Refused
@@ -17,6 +19,74 @@ from chatterbox_server.results import CannotKeep, KeepsNothing, NoSuchResult
 from chatterbox_server.voices import BadName, LibraryFull, LibraryReadOnly, NameTaken, UnknownVoice
 
 log = logging.getLogger(__name__)
+
+
+class Problem(BaseModel):
+    """OpenAI's shape of an error."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "error": {
+                        "message": "speed: input should be less than or equal to 4, got 9",
+                        "type": "invalid_request_error",
+                        "param": "speed",
+                        "code": "invalid_value",
+                    }
+                }
+            ]
+        }
+    )
+
+    class Error(BaseModel):
+        """What is wrong, and with which field."""
+
+        model_config = ConfigDict(use_attribute_docstrings=True)
+
+        message: str
+        type: str
+        """invalid_request_error: change something; server_error: it is not your fault."""
+        param: str | None
+        """The field to change."""
+        code: str | None
+        """One word for programs."""
+
+    error: Error
+
+
+_MEANINGS: Final = {
+    400: "What was sent cannot be used; the message says why",
+    401: "There is no API key, or none of this server's",
+    403: "Voices cannot be kept or removed here",
+    404: "It is not there",
+    409: "The name is taken, or the library full",
+    413: "The body is too large",
+    415: "The body is compressed",
+    500: "The engine failed at this",
+    501: "This server keeps no files",
+    503: "Busy, stopping, or out of memory: Retry-After says when to come back",
+    507: "The result could not be kept",
+}
+
+_HEADERS: Final[Mapping[int, dict[str, Any]]] = {
+    401: {"headers": {"WWW-Authenticate": {"schema": {"const": "Bearer"}, "required": True}}},
+    503: {"headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "required": True}}},
+}
+
+
+def documented(*statuses: int, model: type[BaseModel] = Problem) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's ``responses``: what ``statuses`` mean, and the shape they have."""
+    return {
+        status: {"model": model, "description": _MEANINGS[status]} | _HEADERS.get(status, {}) for status in statuses
+    }
+
+
+def schemas() -> dict[str, Any]:
+    """``Problem`` and its parts, by their names in an OpenAPI document."""
+    whole = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts: dict[str, Any] = whole.pop("$defs")
+    return {"Problem": whole} | parts
 
 
 class BadRequest(Exception):
@@ -64,7 +134,16 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     said = {404: f"no such path: {request.url.path}", 405: f"{request.method} is not allowed here"}
     codes = {404: "not_found", 405: "method_not_allowed"}
     message = said.get(error.status_code, str(error.detail))
-    return problem(error.status_code, message, code=codes.get(error.status_code), headers=error.headers)
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return problem(error.status_code, message, code=codes.get(error.status_code), headers=headers)
+
+
+def _allowed(request: Request) -> str:
+    """Starlette names the methods of one route, but a path may have several."""
+    methods = ("GET", "HEAD", "POST", "PATCH", "DELETE")
+    asked = [{**request.scope, "method": method} for method in methods]
+    routes = request.app.routes
+    return ", ".join(told["method"] for told in asked if any(route.matches(told)[0] is Match.FULL for route in routes))
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -117,6 +196,9 @@ _OF_FILES: Final[dict[type[Exception], tuple[int, str | None, str]]] = {
 
 async def _not_kept(_request: Request, error: Exception) -> JSONResponse:
     status, param, code = _OF_FILES[type(error)]
+    if isinstance(error, CannotKeep):
+        # For the operator, whose disk is full, or whose directory is another's.
+        log.error("%s", error)
     return problem(status, str(error), param=param, code=code)
 
 

@@ -31,7 +31,7 @@ AHEAD: Final = 2
 """Spoken utterances that may wait for a slow reader; the engine goes on with others until one is taken."""
 
 IDLE_S: Final = 5.0
-"""Without work for so long, the engine gives back the memory that it only caches."""
+"""Without work for so long, the engine gives back the memory that it only caches (scripts/gpu/idle_cache.txt)."""
 
 FAR_BEYOND: Final = 10
 """An utterance that takes so many times what its length foretells is stuck …"""

@@ -53,6 +53,8 @@ class Unfinished:
         with _writes():
             directory.mkdir(mode=0o750, parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(dir=directory, prefix=".", suffix=".part")
+        # Held until it is closed: what no living process holds, the sweep may remove.
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
         self._path = Path(name)
         self._file = os.fdopen(descriptor, "wb")
         self._recorder: audio.Recorder | None = None
@@ -77,6 +79,8 @@ class Unfinished:
             # Unlike a rename, a link never overwrites: somebody may hold what is there.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(self._path)
+            # One file is not to be counted under two names.
+            self._path.unlink()
 
     def __enter__(self) -> "Unfinished":
         return self
@@ -138,8 +142,10 @@ class Results:
             KeepsNothing, CannotKeep: as ``begin``.
             NotARecording: it cannot be a voice.
         """
-        digest = hashlib.file_digest(source, "sha256").hexdigest()
-        path = self._kept_in() / f"voice-{digest}.wav"
+        digest = hashlib.sha256()
+        while block := source.read(1 << 20):
+            digest.update(block)
+        path = self._kept_in() / f"voice-{digest.hexdigest()}.wav"
         with contextlib.ExitStack() as stack:
             while (held := _held(path)) is None:
                 source.seek(0)
@@ -155,16 +161,17 @@ class Results:
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove what has been kept long enough, then the oldest of what is too much, but never the newest.
+        """Remove what has been kept long enough, and of what is too much the oldest, but never the newest.
 
-        A voice that somebody holds stays, and so does every file that is not ours.
+        What somebody holds stays, and so does every file that is not ours.
         """
         rows = sorted(_rows(self._kept_in()))
         now_s, kept_bytes = time.time(), sum(size_bytes for _, size_bytes, _ in rows)
-        for written_s, size_bytes, path in rows[:-1]:
+        for written_s, size_bytes, path in rows:
             expired = now_s - written_s > self.kept_s + _GRACE_S
-            # Of what is still being written, it is known only that it is not old.
-            too_much = kept_bytes > self.most_bytes and not _UNFINISHED.fullmatch(path.name)
+            # What is being written may not be held yet, but then it is not old.
+            may_go = path is not rows[-1][2] and not _UNFINISHED.fullmatch(path.name)
+            too_much = may_go and kept_bytes > self.most_bytes
             if (expired or too_much) and _removed(path):
                 kept_bytes -= size_bytes
 

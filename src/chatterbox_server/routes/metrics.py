@@ -8,7 +8,7 @@ from chatterbox_server.service import Shared
 router = APIRouter(tags=["health"])
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
 async def metrics(service: Shared) -> Response:
     """Counts and measurements of this process since it started, in Prometheus' text format."""
     # On the event loop: all of it is read at once, and a thread would only wait behind those that encode sound.

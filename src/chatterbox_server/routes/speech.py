@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from chatterbox_server import audio, delivery, text
 from chatterbox_server.delivery import Script
 from chatterbox_server.engine import Engine, Sampling, Utterance
-from chatterbox_server.problems import BadRequest
+from chatterbox_server.problems import BadRequest, documented
 from chatterbox_server.service import Service, Shared
 from chatterbox_server.voices import DEFAULT
 
@@ -90,11 +90,30 @@ class SpeechRequest(BaseModel):
         return text
 
 
-@router.post(
-    "/speech",
-    response_class=Response,
-    responses={200: {"content": {media: {} for media in (*audio.MEDIA_TYPES.values(), delivery.SERVER_SENT_EVENTS)}}},
-)
+_SOUND: Final = {
+    "description": "The sound, or events with its parts in base64. What has one piece has a Content-Length too.",
+    "content": {media_type: {} for media_type in audio.MEDIA_TYPES.values()}
+    | {
+        delivery.SERVER_SENT_EVENTS: {
+            "example": 'data: {"type":"speech.audio.delta","audio":"SUQz…"}\n\n'
+            'data: {"type":"speech.audio.done","usage":{"input_tokens":6,"output_tokens":25,"total_tokens":31}}\n\n'
+        }
+    },
+    "headers": {
+        name: {"description": description, "schema": {"type": kind, "minimum": 0}}
+        for name, kind, description in (
+            ("X-Seed", "integer", "What to send as `seed` to hear the same again"),
+            ("X-Queue-Wait", "number", "Seconds in the queue"),
+            ("X-Queue-Position", "integer", "How many requests were before this one when it came"),
+            ("X-Time-To-First-Byte", "number", "Seconds from the request to the first sound"),
+            ("X-Real-Time-Factor", "number", "Seconds of computing per second of sound, of what was spoken so far"),
+            ("X-Audio-Duration", "number", "Seconds of sound; only where it is known, in an answer of one piece"),
+        )
+    },
+}
+
+
+@router.post("/speech", summary="Speak", response_class=Response, responses={200: _SOUND, **documented(400, 500, 503)})
 async def speech(asked: SpeechRequest, request: Request, service: Shared) -> Response:
     """Say ``input``. 400 says what to change; 503 says in Retry-After when to come back."""
     script = await asyncio.to_thread(complete, asked, service)

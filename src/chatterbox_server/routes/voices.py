@@ -1,13 +1,13 @@
 """The voices that a request may name: list, upload, rename, remove."""
 
 import asyncio
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import UploadFile
 
-from chatterbox_server.problems import BadRequest
+from chatterbox_server.problems import BadRequest, documented
 from chatterbox_server.service import Shared
 from chatterbox_server.voices import Voice
 
@@ -42,38 +42,10 @@ class VoiceList(BaseModel):
 class NewName(BaseModel):
     """What a voice shall be called."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"name": "anna"}]})
 
     name: str
 
-
-class Problem(BaseModel):
-    """OpenAI's shape of an error."""
-
-    class Error(BaseModel):
-        """What is wrong, and with which field."""
-
-        message: str
-        type: str
-        param: str | None
-        code: str | None
-
-    error: Error
-
-
-def _documented(description: str) -> dict[str, Any]:
-    return {"model": Problem, "description": description}
-
-
-# FastAPI documents 422, which is never answered, unless 4XX is documented.
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    400: _documented("What was sent cannot be used, and why"),
-    403: _documented("The directory of voices cannot be written to"),
-    404: _documented("No such voice"),
-    409: _documented("The name is taken, or the library full"),
-    413: _documented("The body is too large"),
-    "4XX": _documented("Every other refusal has the same shape"),
-}
 
 _UPLOAD: Final = {
     "requestBody": {
@@ -97,14 +69,15 @@ _UPLOAD: Final = {
                         },
                         "replace": {"type": "string", "enum": ["true", "false"], "default": "false"},
                     },
-                }
+                },
+                "example": {"name": "anna", "file": "(the bytes of anna.wav)"},
             }
         },
     }
 }
 
 
-@router.get("/voices", responses={"4XX": _ERRORS["4XX"]})
+@router.get("/voices", summary="List voices")
 async def voices(service: Shared) -> VoiceList:
     """Built-in, recorded, and the names that OpenAI's clients send."""
 
@@ -114,7 +87,13 @@ async def voices(service: Shared) -> VoiceList:
     return VoiceList(object="list", voices=await asyncio.to_thread(rows))
 
 
-@router.post("/voices", status_code=201, responses=_ERRORS, openapi_extra=_UPLOAD)
+@router.post(
+    "/voices",
+    summary="Add a voice",
+    status_code=201,
+    responses=documented(400, 403, 409),
+    openapi_extra=_UPLOAD,
+)
 async def upload(request: Request, service: Shared) -> VoiceRow:
     """Keep a recording as a voice, for every server of this host at once.
 
@@ -136,19 +115,25 @@ async def upload(request: Request, service: Shared) -> VoiceRow:
     return await asyncio.to_thread(_row, voice)
 
 
-@router.get("/voices/{name}", responses={404: _ERRORS[404], "4XX": _ERRORS["4XX"]})
+@router.get("/voices/{name}", summary="Show a voice", responses=documented(404))
 async def voice(name: str, service: Shared) -> VoiceRow:
     """One voice."""
     return await asyncio.to_thread(lambda: _row(service.voices.find(name)))
 
 
-@router.patch("/voices/{name}", responses=_ERRORS)
+@router.patch("/voices/{name}", summary="Rename a voice", responses=documented(400, 403, 404, 409))
 async def rename(name: str, wanted: NewName, service: Shared) -> VoiceRow:
     """Call a recording something else."""
     return await asyncio.to_thread(lambda: _row(service.voices.rename(name, wanted.name)))
 
 
-@router.delete("/voices/{name}", status_code=204, response_class=Response, responses=_ERRORS)
+@router.delete(
+    "/voices/{name}",
+    summary="Remove a voice",
+    status_code=204,
+    response_class=Response,
+    responses=documented(400, 403, 404),
+)
 async def remove(name: str, service: Shared) -> None:
     """Forget a recording."""
     await asyncio.to_thread(service.voices.remove, name)
