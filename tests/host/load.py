@@ -1,11 +1,15 @@
 """A steady load of POSTs for a while; prints what came back as JSON. Runs inside the sandbox, standard library only.
 
-load.py URL RATE_PER_S SECONDS
+load.py URL RATE_PER_S SECONDS [spelt]
+
+``spelt``: each text names the milliseconds of its sound, no two the same, as faulty_server.py speaks them; an answer
+to another request is then not ``ok``.
 """
 
 from __future__ import annotations
 
 import collections
+import http.client
 import io
 import json
 import sys
@@ -16,8 +20,8 @@ import urllib.request
 import wave
 
 
-def speak(url: str, text: str) -> tuple[str, str]:
-    """(outcome, instance) of one request; ``ok`` only if the audio is whole."""
+def speak(url: str, text: str, spelt_s: float | None) -> tuple[str, str]:
+    """(outcome, instance) of one request; ``ok`` only if the audio is whole, and as long as its text spells."""
     body = json.dumps({"input": text, "response_format": "wav"}).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
     try:
@@ -27,22 +31,30 @@ def speak(url: str, text: str) -> tuple[str, str]:
     except urllib.error.HTTPError as error:
         with error:
             return f"status {error.code}: {error.read(200)!r}", error.headers.get("X-Instance", "")
+    except http.client.IncompleteRead:
+        return "cut short", ""
     except OSError as error:
         return f"{type(error).__name__}: {error}", ""
     with wave.open(io.BytesIO(audio)) as decoded:
         lasts_s = decoded.getnframes() / decoded.getframerate()
     whole = lasts_s > 0.2 and abs(lasts_s - promised_s) < 0.01
-    return ("ok" if whole else f"{lasts_s} s of audio, {promised_s} s promised"), instance
+    if not whole or (spelt_s is not None and round(lasts_s, 3) != spelt_s):
+        return f"{lasts_s} s of audio, {promised_s} s promised, {spelt_s} s spelt", instance
+    return "ok", instance
 
 
 def main() -> None:
-    url, rate_per_s, seconds = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+    url, rate_per_s, seconds, spelt = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:] == ["spelt"]
     outcomes: collections.Counter[str] = collections.Counter()
     instances: collections.Counter[str] = collections.Counter()
     lock = threading.Lock()
 
     def one(number: int) -> None:
-        outcome, instance = speak(url, f"This is request number {number}.")
+        if spelt:
+            text = f"This is request number {number}, and it lasts 2000 milliseconds more."
+            outcome, instance = speak(url, text, (2000 + number) / 1000)
+        else:
+            outcome, instance = speak(url, f"This is request number {number}.", None)
         with lock:
             outcomes[outcome] += 1
             instances[instance] += 1

@@ -1,0 +1,147 @@
+"""The whole server around the tiny real model, as a process for benchmarks: `python scripts/tiny_server.py`.
+
+Settings come from the environment, as in a unit. The classes are chatterbox-tts' own (scripts/tiny_model.py), the
+weights random; no weights are on disk, so the one thing of ``python -m chatterbox_server`` that is left out is loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chatterbox_server import logs
+from chatterbox_server.__main__ import serve
+from chatterbox_server.server import end_process
+from chatterbox_server.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from chatterbox_server.engine import Engine
+
+START_TIMEOUT_S = 300
+
+MAIN = (sys.executable, "-m", "chatterbox_server")
+"""The server as its unit starts it."""
+
+
+def tiny(*options: str) -> tuple[str, ...]:
+    """This script as a server."""
+    return (sys.executable, str(Path(__file__).resolve()), *options)
+
+
+class Server:
+    """One life of a server on a free port of 127.0.0.1, told ``settings`` (without their prefix) and nothing else."""
+
+    def __init__(self, argv: Sequence[str], settings: Mapping[str, object]) -> None:
+        self._argv = argv
+        self.port = free_port()
+        # One thread: more of them only wait for each other at this size. The hub cannot be asked here.
+        self._environ = {name: value for name, value in os.environ.items() if not name.startswith("CHATTERBOX_")}
+        self._environ |= {
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self._environ |= {f"CHATTERBOX_{name.upper()}": str(value) for name, value in settings.items()}
+        self._environ |= {"CHATTERBOX_PORT": str(self.port)}
+
+    def __enter__(self) -> Self:
+        self._log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self._argv, env=self._environ, stdout=self._log, stderr=self._log)
+        began_s = time.monotonic()
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() - began_s > START_TIMEOUT_S:
+                self.process.kill()
+                self._log.seek(0)
+                sys.exit(f"cannot start the server:\n{self._log.read()[-4000:]}")
+            time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+    def resident_bytes(self) -> int:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+
+    def _answers(self) -> bool:
+        connection = self.connect()
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        port: int = asked.getsockname()[1]
+        return port
+
+
+def machine() -> str:
+    """Versions that matter here, and how busy the machine is with other work."""
+    names = ("torch", "chatterbox-tts", "uvicorn", "fastapi", "av")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    load = os.getloadavg()[0]
+    return f"{os.cpu_count()} cores, load {load:.1f} before; Python {sys.version.split()[0]}, {versions}"
+
+
+def build(settings: Settings, directory: Path, *, eos_per_text: float, voices_kept: int) -> Engine:
+    import torch
+    from scripts import tiny_model
+
+    from chatterbox_server.engines.stock import Placement, StockEngine
+
+    torch.set_num_threads(1)
+    model = tiny_model.tiny(settings.model, directory, eos_per_text=eos_per_text)
+    return StockEngine(model, settings.model, placement=Placement("cpu", "cpu"), voices_kept=voices_kept)
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eos-per-text", type=float, default=1.7, help="speech tokens for each token of text")
+    parser.add_argument("--voices-kept", type=int, default=32)
+    asked = parser.parse_args()
+    logs.setup(os.environ, sys.stderr)
+    logging.getLogger("chatterbox").setLevel(logging.ERROR)
+    settings = Settings.from_environ(os.environ)
+    with tempfile.TemporaryDirectory() as name:
+
+        def load() -> Engine:
+            return build(settings, Path(name), eos_per_text=asked.eos_per_text, voices_kept=asked.voices_kept)
+
+        status = asyncio.run(serve(settings, os.environ, load))
+    end_process(status)
+
+
+if __name__ == "__main__":
+    main()
