@@ -15,7 +15,7 @@ from chatterbox_server import audio, recordings
 
 DEFAULT: Final = "default"
 OPENAI: Final = frozenset(
-    ("alloy", "ash", "ballad", "coral", "echo", "fable", "nova", "onyx", "sage", "shimmer", "verse")
+    ("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage", "shimmer", "verse")
 )
 """Names that clients of OpenAI send unasked; each is the built-in voice until a recording or an alias has its name."""
 
