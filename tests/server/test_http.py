@@ -62,7 +62,7 @@ def test_an_openai_request_gets_its_sound() -> None:
         {
             "model": "gpt-4o-mini-tts",
             "input": "Hello.",
-            "voice": "alloy",
+            "voice": {"id": "alloy"},
             "response_format": "pcm",
             "speed": 1,
             "instructions": "Speak like a pirate.",
@@ -163,7 +163,9 @@ def test_a_recording_in_the_directory_is_what_the_engine_is_given(tmp_path: Path
         ({"input": "x", "speed": 9}, "speed", "speed: input should be less than or equal to 4, got 9"),
         ({"input": "x", "voice": "bob"}, "voice", "unknown voice 'bob'; known: default"),
         ({"input": "x", "voice": "../default"}, "voice", None),
-        ({"input": "x", "voice": {"id": "alloy"}}, "voice", None),
+        ({"input": "x", "voice": {"id": "bob"}}, "voice", "unknown voice 'bob'; known: default"),
+        ({"input": "x", "voice": {"name": "alloy"}}, "voice", None),
+        ({"input": "x", "voice": {"id": 1}}, "voice", None),
         (
             {"input": "x", "language": "tlh"},
             "language",
@@ -550,9 +552,13 @@ def test_a_stuck_engine_is_alive_but_not_ready() -> None:
     run(scenario())
 
 
-def test_the_loaded_model_is_listed() -> None:
+def test_the_loaded_model_is_listed_and_can_be_asked_for() -> None:
     (model,) = get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("fake-1", "model")
+    assert get("/v1/models/fake-1").json() == model
+    other = get("/v1/models/tts-1")
+    assert (other.status_code, other.json()["error"]["code"]) == (404, "not_found")
+    assert other.json()["error"]["message"] == "no model 'tts-1' is loaded here; fake-1 is"
 
 
 def test_voices_are_listed_with_their_kind(tmp_path: Path) -> None:

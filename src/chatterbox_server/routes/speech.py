@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 from chatterbox_server import audio, delivery, text
 from chatterbox_server.delivery import Script
@@ -20,6 +20,30 @@ router = APIRouter(prefix="/v1/audio", tags=["audio"])
 
 FIRST_PIECE: Final = 80
 """Characters of the first piece of a longer text, so that the first sound leaves early."""
+
+
+def _named(voice: object) -> object:
+    """OpenAI's newer clients may send a voice of one's own as an object."""
+    return voice["id"] if isinstance(voice, dict) and voice.keys() == {"id"} else voice
+
+
+VoiceName = Annotated[
+    str,
+    BeforeValidator(_named),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "properties": {"id": {"type": "string"}},
+                    "required": ["id"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
 
 
 class SpeechRequest(BaseModel):
@@ -49,8 +73,8 @@ class SpeechRequest(BaseModel):
     """Any name: one model is loaded, and it speaks (see /v1/models)."""
     input: Annotated[str, Field(min_length=1)]
     """What to say. Long text is split into sentences and streamed; /readyz says how long it may be."""
-    voice: str = DEFAULT
-    """A name from /v1/audio/voices."""
+    voice: VoiceName = DEFAULT
+    """A name from /v1/audio/voices; also as `{"id": NAME}`."""
     response_format: audio.Format = "mp3"
     """pcm is 16 bit, little-endian, mono, 24 kHz."""
     speed: Annotated[float, Field(ge=0.25, le=4.0)] = 1.0
