@@ -12,6 +12,7 @@ from typing import Final
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chatterbox_server import logs, problems, speaker
@@ -21,7 +22,7 @@ from chatterbox_server.limits import BodyLimit, longest_json
 from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
 from chatterbox_server.openapi import TAGS, App
 from chatterbox_server.order import order
-from chatterbox_server.queue import EngineQueue
+from chatterbox_server.queue import EngineQueue, Spoken
 from chatterbox_server.results import Results
 from chatterbox_server.routes import compat, health, models, speech, voices
 from chatterbox_server.routes import metrics as metrics_route
@@ -57,6 +58,7 @@ def create_app(load: Callable[[], Engine], settings: Settings, *, keys: Keys | N
         size=settings.queue_size,
         max_wait_s=settings.max_wait_s,
         longest_utterance_s=settings.longest_utterance_s,
+        on_spoken=lambda spoken: _measure(metrics, queue.engine, spoken),
     )
     metrics = Metrics(restarts=count_start(settings.runtime_dir))
     library = Library(settings.voices_dir, settings.aliases)
@@ -72,7 +74,12 @@ def create_app(load: Callable[[], Engine], settings: Settings, *, keys: Keys | N
     problems.install(app)
     upload_bytes = settings.max_upload_mb * 1_000_000
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, json_bytes=longest_json(settings.max_input_chars), upload_bytes=upload_bytes)
+    app.add_middleware(
+        BodyLimit,
+        json_bytes=longest_json(settings.max_input_chars),
+        upload_bytes=upload_bytes,
+        upload_paths=(voices.UPLOADS, compat.UPLOADS),
+    )
     if keys is not None:
         app.add_middleware(RequireKey, keys=keys)
     if settings.cors_origins:
@@ -125,6 +132,14 @@ def _gauges(service: Service) -> Gauges:
     )
 
 
+def _measure(metrics: Metrics, engine: Engine, spoken: Spoken) -> None:
+    audio_s = spoken.samples.size / engine.sample_rate_hz
+    tokens = None if engine.tokens_per_audio_s is None else engine.tokens_per_audio_s * audio_s
+    metrics.spoke(synthesis_s=spoken.synthesis_s, audio_s=audio_s, tokens=tokens)
+    for remark in spoken.remarks:
+        metrics.engine_failed(remark)
+
+
 def warm_up(engine: Engine) -> Utterance:
     """The utterance that proves that the engine speaks."""
     return Utterance(
@@ -170,6 +185,9 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_enveloped)
+        except ClientDisconnect:
+            # In the middle of its own body, or told to stop sending it: there is nobody to answer.
+            log.debug("the client left before it had asked, request %s", request_id)
         except Exception:
             # Our bug: the traceback is for us, the shape for the client.
             log.exception("%s %s failed, request %s", scope["method"], scope["path"], request_id)

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from chatterbox_server import audio
 from chatterbox_server.engine import EngineError, OutOfMemory, Refused, Utterance
 from chatterbox_server.joints import Joints
-from chatterbox_server.metrics import Failure, Outcome
+from chatterbox_server.metrics import Outcome
 from chatterbox_server.queue import Busy, Place
 from chatterbox_server.service import Service
 
@@ -108,15 +108,7 @@ class Speech:
         joined = await asyncio.to_thread(self._joints.join, spoken.samples, next(self._left))
         self.synthesis_s += spoken.synthesis_s
         self.samples += joined.size
-        self._measure(spoken.samples.size / self.sample_rate_hz, spoken.synthesis_s, spoken.remarks)
         return joined
-
-    def _measure(self, audio_s: float, synthesis_s: float, remarks: Sequence[Failure]) -> None:
-        pace = self.service.queue.engine.tokens_per_audio_s
-        tokens = None if pace is None else pace * audio_s
-        self.service.metrics.spoke(synthesis_s=synthesis_s, audio_s=audio_s, tokens=tokens)
-        for remark in remarks:
-            self.service.metrics.engine_failed(remark)
 
 
 class Listener:
@@ -166,6 +158,7 @@ async def speak(request: Request, service: Service, script: Script) -> AsyncIter
     state = request.state
     place = service.queue.admit(
         script.utterances,
+        # The name of the key; else what the front says, which lets no client say it for itself.
         client=getattr(state, "client", "") or request.headers.get("x-client", ""),
         max_wait_s=script.max_wait_s,
         waited_s=_seconds(request.headers.get("x-waited", "")),
@@ -176,7 +169,8 @@ async def speak(request: Request, service: Service, script: Script) -> AsyncIter
             with Listener(request) as listener:
                 yield speech, listener
         finally:
-            service.metrics.waited(place.queue_wait_s)
+            if place.begun:
+                service.metrics.waited(place.queue_wait_s)
             state.log |= {
                 "chars": script.chars,
                 "pieces": len(script.utterances),

@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+Failure = Literal["out_of_memory", "broken", "stuck", "odd_piece", "recycled"]
+"""What may go wrong with an engine, as metrics count it."""
 
 
 class EngineError(Exception):

@@ -1,7 +1,7 @@
 """How much a request may carry, refused before anything of it is parsed. Reads no body, only counts it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from fastapi.responses import JSONResponse
@@ -27,11 +27,15 @@ class BodyLimit:
     Plain ASGI: whatever else the connection says, that the client has left above all, reaches the routes unchanged.
     """
 
-    def __init__(self, app: ASGIApp, *, json_bytes: int, upload_bytes: int) -> None:
-        """``upload_bytes`` is for multipart bodies, which go to disk; ``json_bytes`` for all others, held in memory."""
+    def __init__(self, app: ASGIApp, *, json_bytes: int, upload_bytes: int, upload_paths: Collection[str]) -> None:
+        """``upload_bytes`` is for multipart bodies sent to ``upload_paths``, where they go to disk.
+
+        ``json_bytes`` is for all others, which are held in memory.
+        """
         self._app = app
         self._json_bytes = json_bytes
         self._upload_bytes = upload_bytes
+        self._upload_paths = frozenset(upload_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,8 +51,9 @@ class BodyLimit:
             await _refuse(answer, scope, receive, send)
             return
         multipart = headers.get("content-type", "").strip().lower().startswith("multipart/")
-        limit_bytes = self._upload_bytes if multipart else self._json_bytes
-        what = "an upload" if multipart else "a body other than an upload"
+        upload = multipart and scope["path"] in self._upload_paths
+        limit_bytes = self._upload_bytes if upload else self._json_bytes
+        what = "an upload" if upload else "a body other than an upload"
         message = f"the body is larger than {limit_bytes} bytes, the most that {what} may have"
         too_large = _closing(413, message, code="request_too_large")
         # The server has checked that it is a number, and lets no more than that many bytes through.

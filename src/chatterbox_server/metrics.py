@@ -12,11 +12,10 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from chatterbox_server.engine import Failure
+
 Outcome = Literal["answered", "refused", "busy", "failed", "left", "cut"]
 """How a request ended; what each means stands in the help of ``chatterbox_requests_total``."""
-
-Failure = Literal["out_of_memory", "broken", "stuck", "odd_piece", "recycled"]
-"""What went wrong with the engine."""
 
 OTHER: Final = "other"
 """The route of every path that is nobody's: a scanner's guesses must not become labels."""

@@ -32,7 +32,12 @@ def send(environ: Mapping[str, str], *lines: str) -> bool:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as datagrams:
+    try:
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    except OSError:
+        # As many files are open as may be.
+        return False
+    with datagrams:
         # Were systemd's ear full, waiting for it would stop everybody here.
         datagrams.settimeout(PATIENCE_S)
         try:
@@ -42,13 +47,10 @@ def send(environ: Mapping[str, str], *lines: str) -> bool:
     return True
 
 
-def watchdog_interval_s(environ: Mapping[str, str], *, pid: int | None = None) -> float | None:
-    """Seconds between pings: half of WATCHDOG_USEC, as sd_watchdog_enabled(3) advises; ``None``: not watched.
-
-    WATCHDOG_PID names the process that is watched, when it is set and is not this one nobody waits for us.
-    """
+def is_watched(environ: Mapping[str, str], *, pid: int | None = None) -> bool:
+    """Whether systemd waits for pings: WATCHDOG_USEC is set, and not for another process (sd_watchdog_enabled(3))."""
     usec = environ.get("WATCHDOG_USEC", "")
     watched = environ.get("WATCHDOG_PID", "")
     if watched and watched != str(os.getpid() if pid is None else pid):
-        return None
-    return int(usec) / 2_000_000 if usec.isascii() and usec.isdigit() and int(usec) > 0 else None
+        return False
+    return usec.isascii() and usec.isdigit() and int(usec) > 0

@@ -36,7 +36,7 @@ _BY_NAME: Final = {
 }
 
 
-def plausible(text: str, audio_s: float, *, speed: float = 1.0) -> str | None:
+def implausible(text: str, audio_s: float, *, speed: float = 1.0) -> str | None:
     """``None`` if a reading of ``text`` can last ``audio_s`` at ``speed``, else why not, in one line."""
     paces = [_pace(character) for character in text]
     quickest_s = sum(quickest for quickest, _ in paces) / speed

@@ -14,13 +14,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import Engine, EngineBroken, EngineError, GpuMemory, Refused, Utterance
-from chatterbox_server.metrics import Failure
+from chatterbox_server.engine import Engine, EngineBroken, EngineError, Failure, GpuMemory, Refused, Utterance
 from chatterbox_server.order import Claim, Order
 from chatterbox_server.speaker import Sound
 
@@ -29,6 +28,9 @@ RECENT: Final = 32
 
 AHEAD: Final = 2
 """Spoken utterances that may wait for a slow reader; the engine goes on with others until one is taken."""
+
+PATIENT_S: Final = 60.0
+"""A listener who has taken nothing for so long has gone away for good, as far as a stop is concerned."""
 
 IDLE_S: Final = 5.0
 """Without work for so long, the engine gives back the memory that it only caches (scripts/gpu/idle_cache.txt)."""
@@ -83,6 +85,8 @@ class _Job:
     admitted_s: float
     waiting_since_s: float
     begun_s: float = math.nan
+    heard_s: float = -math.inf
+    """When its reader last took a sound."""
     spoken: deque[Spoken] = field(default_factory=deque)
     error: Exception | None = None
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -110,6 +114,11 @@ class Place:
         return self._job.position
 
     @property
+    def begun(self) -> bool:
+        """The engine has spoken of it, or speaks."""
+        return self._job.begun
+
+    @property
     def queue_wait_s(self) -> float:
         """From admission until the engine began; so far, while it has not."""
         until_s = self._job.begun_s if self._job.begun else time.monotonic()
@@ -129,6 +138,7 @@ class Place:
                     # Until now it was its reader who let it wait, not the engine.
                     job.waiting_since_s = time.monotonic()
                 spoken = job.spoken.popleft()
+                job.heard_s = time.monotonic()
                 self._queue.go_on()
                 yield spoken
             if job.error is not None:
@@ -162,13 +172,16 @@ class EngineQueue:
         size: int,
         max_wait_s: float,
         longest_utterance_s: float,
+        on_spoken: Callable[[Spoken], None] = lambda _: None,
     ) -> None:
+        """``on_spoken`` hears of every utterance, also of one that nobody waits for any more."""
         self._load = load
         self._speak = speak
         self._order = order
         self._size = size
         self._max_wait_s = max_wait_s
         self._longest_utterance_s = longest_utterance_s
+        self._on_spoken = on_spoken
         self._jobs: list[_Job] = []
         self._running: tuple[_Job, Utterance, float] | None = None
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
@@ -203,8 +216,11 @@ class EngineQueue:
 
     @property
     def at_work(self) -> bool:
-        """Some request still wants the engine or has it."""
-        return self._running is not None or self.waiting > 0
+        """Something is spoken, or will be as soon as a listener who is still there has heard what is."""
+        heard_s = time.monotonic() - PATIENT_S
+        return self._running is not None or any(
+            job.wants_the_engine or (job.utterances and job.heard_s > heard_s) for job in self._jobs
+        )
 
     @property
     def draining(self) -> bool:
@@ -222,7 +238,7 @@ class EngineQueue:
         )
 
     @property
-    def sound(self) -> bool:
+    def healthy(self) -> bool:
         """The engine is loaded, its thread runs, and it is neither broken nor stuck."""
         running = self._thread is not None and self._thread.is_alive()
         return running and self._engine is not None and self.broken is None and not self.overdue
@@ -292,6 +308,7 @@ class EngineQueue:
         waiting = self.waiting
         if self._running is not None and waiting >= self._size and not self._made_room(client):
             raise self._full(waiting)
+        waiting = self.waiting
         now_s = time.monotonic()
         job = _Job(
             deque(utterances),
@@ -402,7 +419,9 @@ class EngineQueue:
         if isinstance(outcome, Sound):
             self.measured(len(utterance.text), synthesis_s)
             self.spoken += 1
-            job.spoken.append(Spoken(outcome.samples, synthesis_s, outcome.remarks))
+            spoken = Spoken(outcome.samples, synthesis_s, outcome.remarks)
+            job.spoken.append(spoken)
+            self._on_spoken(spoken)
             job.news.set()
         else:
             self._fail(job, outcome)
@@ -419,20 +438,23 @@ class EngineQueue:
     # -- on the engine's thread ---------------------------------------------------------------------------
 
     def _work(self, loop: asyncio.AbstractEventLoop, loaded: asyncio.Future[Engine]) -> None:
-        # The loop closes before a stuck engine returns: then nobody is left to tell.
-        with contextlib.suppress(RuntimeError):
-            try:
-                engine = self._load()
-            except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells the loop)
-                loop.call_soon_threadsafe(_reject, loaded, _told(error, "load"))
-                return
-            loop.call_soon_threadsafe(_resolve, loaded, engine)
-            while (utterance := self._next(engine)) is not None:
-                began_s = time.monotonic()
-                outcome = self._outcome(engine, utterance)
-                synthesis_s = time.monotonic() - began_s
-                self.memory = engine.memory()
-                loop.call_soon_threadsafe(self._finish, outcome, synthesis_s)
+        def tell(*what: Any) -> None:
+            # The loop closes before a stuck engine returns: then nobody is left to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(*what)
+
+        try:
+            engine = self._load()
+        except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells the loop)
+            tell(_reject, loaded, _told(error, "load"))
+            return
+        tell(_resolve, loaded, engine)
+        while (utterance := self._next(engine)) is not None:
+            began_s = time.monotonic()
+            outcome = self._outcome(engine, utterance)
+            synthesis_s = time.monotonic() - began_s
+            self._ask_memory(engine)
+            tell(self._finish, outcome, synthesis_s)
 
     def _next(self, engine: Engine) -> Utterance | None:
         try:
@@ -441,8 +463,14 @@ class EngineQueue:
             with contextlib.suppress(Exception):
                 # What fails here fails again at the next utterance, where it can be told to somebody.
                 engine.free()
-                self.memory = engine.memory()
+            self._ask_memory(engine)
             return self._handed.get()
+
+    def _ask_memory(self, engine: Engine) -> None:
+        try:
+            self.memory = engine.memory()
+        except Exception:  # noqa: BLE001 (a broken driver may raise anything, and nobody waits for this number)
+            self.memory = None
 
     def _outcome(self, engine: Engine, utterance: Utterance) -> Sound | Exception:
         try:

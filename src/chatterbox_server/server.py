@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from chatterbox_server import notify
-from chatterbox_server.engine import EngineBroken
+from chatterbox_server.engine import EngineBroken, GpuMemory
 from chatterbox_server.queue import STUCK
 from chatterbox_server.service import Service
+from chatterbox_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ BEAT_S: Final = 0.5
 """How often the process looks after itself; well below half of the shortest watchdog (5 s)."""
 
 MEGABYTE: Final = 1_000_000
+
+LINGER_S: Final = 30.0
+"""How long a stop waits for clients when nothing is spoken any more; enough to read what is left."""
 
 EXTENSION_S: Final = 15
 """What a stop asks systemd for, again and again, while something that was begun is still spoken."""
@@ -63,7 +68,11 @@ class Server(uvicorn.Server):
         )
         self._service = service
         self._environ = environ
+        self._watched = notify.is_watched(environ)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = ""
+        self._stuck = False
+        self._at_work_s = 0.0
         self.status = STOPPED
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -84,33 +93,47 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._stop, "the server is stopping")
 
     async def look_after_itself(self) -> None:
-        """Ping the watchdog while the engine is sound; end the process in order when it ought to be replaced."""
-        interval_s = notify.watchdog_interval_s(self._environ)
-        told, stuck = "", False
+        """Ping the watchdog while the engine is healthy; end the process in order when it ought to be replaced."""
         while True:
-            queue = self._service.queue
-            if queue.broken is not None and self.status != BROKEN:
-                self._give_up(queue.broken)
-            if queue.overdue:
-                queue.hand_back(STUCK)
-            if queue.overdue and not stuck:
-                log.error("the engine is stuck: an utterance takes far longer than its length foretells")
-                self._service.metrics.engine_failed("stuck")
-            stuck = queue.overdue
-            if not queue.draining and (why := outgrown(self._service)):
-                log.warning("starting afresh: %s", why)
-                self._service.metrics.engine_failed("recycled")
-                self.status = RECYCLED
-                self._stop(why)
-            if interval_s is not None and queue.sound:
-                notify.send(self._environ, notify.WATCHDOG)
-            if queue.draining and queue.at_work and queue.sound:
-                notify.send(self._environ, notify.extend_timeout(EXTENSION_S))
-            words = status_words(self._service)
-            if words != told:
-                self._tell()
-                told = words
+            try:
+                self._look()
+            except OSError as error:
+                # No file can be opened, say: it may pass, and meanwhile whoever watches goes on watching.
+                log.warning("cannot look after the process: %s", error)
             await asyncio.sleep(BEAT_S)
+
+    def _look(self) -> None:
+        queue, settings = self._service.queue, self._service.settings
+        if queue.healthy and self._watched:
+            notify.send(self._environ, notify.WATCHDOG)
+        if queue.broken is not None and self.status != BROKEN:
+            self._give_up(queue.broken)
+        if queue.overdue:
+            queue.hand_back(STUCK)
+        if queue.overdue and not self._stuck:
+            log.error("the engine is stuck: an utterance takes far longer than its length foretells")
+            self._service.metrics.engine_failed("stuck")
+        self._stuck = queue.overdue
+        if not queue.draining and (why := outgrown(settings, queue.memory)):
+            log.warning("starting afresh: %s", why)
+            self._service.metrics.engine_failed("recycled")
+            self.status = RECYCLED
+            self._stop(why)
+        if queue.draining:
+            self._drain()
+        if status_words(self._service) != self._told:
+            self._tell()
+
+    def _drain(self) -> None:
+        """Ask for time while something that was begun is spoken or heard; then wait for nobody for ever."""
+        now_s = time.monotonic()
+        if self._service.queue.at_work:
+            self._at_work_s = now_s
+            if self._service.queue.healthy:
+                notify.send(self._environ, notify.extend_timeout(EXTENSION_S))
+        elif now_s - self._at_work_s > LINGER_S:
+            # A client that sends no body, or reads no answer, holds no stop up.
+            self.force_exit = True
 
     def _give_up(self, error: EngineBroken) -> None:
         """Whoever waited has been told to ask elsewhere: let the answers leave, then end."""
@@ -123,20 +146,20 @@ class Server(uvicorn.Server):
 
     def _stop(self, why: str) -> None:
         self.should_exit = True
+        self._at_work_s = time.monotonic()
         self._service.queue.drain(why)
         self._tell(notify.STOPPING)
 
     def _tell(self, *states: str) -> None:
-        notify.send(self._environ, *states, notify.status(status_words(self._service)))
+        self._told = status_words(self._service)
+        notify.send(self._environ, *states, notify.status(self._told))
 
 
-def outgrown(service: Service) -> str | None:
+def outgrown(settings: Settings, memory: GpuMemory | None) -> str | None:
     """Why the process ought to be replaced before memory runs out; ``None``: it need not."""
-    settings = service.settings
     if settings.recycle_host_mb and (held_bytes := resident_bytes()) > settings.recycle_host_mb * MEGABYTE:
         return f"the process holds {held_bytes // MEGABYTE} MB, and recycle_host_mb is {settings.recycle_host_mb}"
-    memory = service.queue.memory if settings.recycle_gpu_mb else None
-    if memory is not None and memory.reserved_bytes > settings.recycle_gpu_mb * MEGABYTE:
+    if settings.recycle_gpu_mb and memory is not None and memory.reserved_bytes > settings.recycle_gpu_mb * MEGABYTE:
         reserved_mb = memory.reserved_bytes // MEGABYTE
         return f"{reserved_mb} MB of the GPU are reserved, and recycle_gpu_mb is {settings.recycle_gpu_mb}"
     return None
@@ -155,7 +178,7 @@ def status_words(service: Service) -> str:
     parts = [doing, f"{queue.waiting} waiting", f"{queue.spoken} spoken"]
     if queue.draining:
         parts.insert(0, "stopping")
-    if not queue.sound:
+    if not queue.healthy:
         parts.insert(0, "engine broken" if queue.broken else "engine stuck")
     return ", ".join(parts)
 

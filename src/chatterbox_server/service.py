@@ -1,6 +1,7 @@
 """What the routes of one app share. Holds; does nothing."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -21,11 +22,13 @@ class Service:
     metrics: Metrics
     started_at: int
     """Unix time, for OpenAI's ``created``."""
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """One upload at a time: each takes a core and up to a gigabyte, and threads that speech needs."""
 
     @property
     def ready(self) -> bool:
         """A request sent now would be spoken."""
-        return not self.queue.draining and self.queue.sound
+        return not self.queue.draining and self.queue.healthy
 
 
 def _of(request: Request) -> Service:

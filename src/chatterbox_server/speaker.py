@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatterbox_server import pace, text
-from chatterbox_server.engine import Engine, OutOfMemory, Utterance
-from chatterbox_server.metrics import Failure
+from chatterbox_server.engine import Engine, Failure, OutOfMemory, Utterance
+from chatterbox_server.joints import Joints
 
 SMALLEST = 40
 """Characters below which half a text needs hardly less memory than the whole."""
@@ -34,7 +34,11 @@ def speak(engine: Engine, utterance: Utterance, *, check_duration: bool = True) 
     if not check_duration or _plausible(engine, utterance, samples):
         return Sound(samples, remarks)
     # The model sometimes stops early or rambles on; other dice seldom do it again.
-    again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1))
+    try:
+        again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1))
+    except OutOfMemory:
+        # An odd sound is better than none.
+        return Sound(samples, (*remarks, "out_of_memory", "odd_piece"))
     better = again if _plausible(engine, utterance, again) else samples
     return Sound(better, (*remarks, *more, "odd_piece"))
 
@@ -50,10 +54,13 @@ def _in_memory(engine: Engine, utterance: Utterance) -> tuple[NDArray[np.float32
     halves = text.split(
         utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)
     )
-    sounds = [engine.synthesize(dataclasses.replace(utterance, text=half.text)) for half in halves]
+    joints = Joints(engine.sample_rate_hz)
+    sounds = [
+        joints.join(engine.synthesize(dataclasses.replace(utterance, text=half.text)), half.pause_s) for half in halves
+    ]
     return np.concatenate(sounds), ("out_of_memory",)
 
 
 def _plausible(engine: Engine, utterance: Utterance, samples: NDArray[np.float32]) -> bool:
     audio_s = samples.size / engine.sample_rate_hz
-    return pace.plausible(utterance.text, audio_s, speed=utterance.speed) is None
+    return pace.implausible(utterance.text, audio_s, speed=utterance.speed) is None

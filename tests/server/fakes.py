@@ -27,7 +27,7 @@ from chatterbox_server.engine import (
     Utterance,
 )
 from chatterbox_server.order import order as order_of
-from chatterbox_server.queue import EngineQueue
+from chatterbox_server.queue import EngineQueue, Spoken
 from chatterbox_server.settings import Settings
 
 T = TypeVar("T")
@@ -126,6 +126,7 @@ def queue_of(
     size: int = 8,
     max_wait_s: float = 60.0,
     longest_utterance_s: float = 60.0,
+    on_spoken: Callable[[Spoken], None] = lambda _: None,
 ) -> EngineQueue:
     return EngineQueue(
         load,
@@ -134,6 +135,7 @@ def queue_of(
         size=size,
         max_wait_s=max_wait_s,
         longest_utterance_s=longest_utterance_s,
+        on_spoken=on_spoken,
     )
 
 

@@ -497,6 +497,46 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
     run(scenario())
 
 
+def test_an_odd_piece_is_kept_when_there_is_no_memory_for_a_second_try() -> None:
+    class Poor(FakeEngine):
+        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+            if utterance.seed != 7 and utterance.text != WARM_UP:
+                raise OutOfMemory("the GPU is out of memory")
+            return super().synthesize(utterance)
+
+    answer = post({"input": "How long can this take?", "seed": 7}, engine=Poor(), told=Settings())
+    assert answer.headers["x-audio-duration"] == "0.100"
+
+
+def test_a_hang_up_in_mid_body_is_nobodys_bug(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        app = create_app(FakeEngine, fake_told())
+        async with a_port(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            head = "POST /v1/audio/voices HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            writer.write(f"{head}Content-Length: 999\r\n\r\n--b\r\n".encode())
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            writer.close()
+            while 'outcome="left",route="/v1/audio/voices"} 1.0' not in (await client.get("/metrics")).text:
+                await asyncio.sleep(0.01)
+
+    run(scenario())
+    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_page_of_another_site_may_read_answers_only_where_it_is_configured() -> None:
+    async def scenario(**told: Any) -> httpx.Response:
+        async with a_client(FakeEngine(), fake_told(**told)) as client:
+            return await client.get("/v1/models", headers={"Origin": "https://a.example"})
+
+    allowed = "access-control-allow-origin"
+    assert allowed not in run(scenario()).headers
+    assert run(scenario(cors_origins=("https://a.example",))).headers[allowed] == "https://a.example"
+    assert allowed not in run(scenario(cors_origins=("https://b.example",))).headers
+
+
 # -- the other routes -------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from server.fakes import PATIENCE_S, run, until
 
 JSON_BYTES = 1_000
 UPLOAD_BYTES = 200_000
+UPLOADS = ("/upload",)
 
 
 def an_app() -> FastAPI:
@@ -40,7 +41,7 @@ def an_app() -> FastAPI:
         app.state.left = True
 
     app.state.waiting = app.state.left = False
-    app.add_middleware(BodyLimit, json_bytes=JSON_BYTES, upload_bytes=UPLOAD_BYTES)
+    app.add_middleware(BodyLimit, json_bytes=JSON_BYTES, upload_bytes=UPLOAD_BYTES, upload_paths=UPLOADS)
     return app
 
 
@@ -128,6 +129,9 @@ def test_uploads_have_a_limit_of_their_own() -> None:
         async with a_caller(an_app()) as client:
             fits = await client.post("/upload", files={"file": b"x" * (UPLOAD_BYTES - 1_000)})
             assert (fits.status_code, fits.json()) == (200, UPLOAD_BYTES - 1_000)
+            # What calls itself an upload is one only where recordings are taken.
+            disguised = await client.post("/json", files={"file": b"x" * (UPLOAD_BYTES - 1_000)})
+            assert disguised.status_code == 413
             too_large = await client.post("/upload", files={"file": b"x" * UPLOAD_BYTES})
             assert too_large.status_code == 413
             assert (
@@ -261,7 +265,7 @@ def test_every_message_reaches_the_route_as_it_came() -> None:
     async def listening(scope: Scope, receive: Receive, send: Send) -> None:
         heard.extend([await receive() for _ in arriving])
 
-    run(told(BodyLimit(listening, json_bytes=JSON_BYTES, upload_bytes=0), list(arriving), []))
+    run(told(BodyLimit(listening, json_bytes=JSON_BYTES, upload_bytes=0, upload_paths=()), list(arriving), []))
 
     assert heard == arriving
 
@@ -274,7 +278,7 @@ def test_a_route_that_has_begun_to_answer_is_not_interrupted_by_a_second_answer(
         await send({"type": "http.response.body", "body": b"done"})
 
     arriving: list[Message] = [{"type": "http.request", "body": b"x" * (JSON_BYTES + 1), "more_body": True}]
-    sent = run(told(BodyLimit(eager, json_bytes=JSON_BYTES, upload_bytes=0), arriving, []))
+    sent = run(told(BodyLimit(eager, json_bytes=JSON_BYTES, upload_bytes=0, upload_paths=()), arriving, []))
 
     assert sent == [
         {"type": "http.response.start", "status": 200, "headers": []},
@@ -289,7 +293,7 @@ def test_the_route_of_a_refused_body_speaks_to_nobody() -> None:
         await send({"type": "http.response.body", "body": b"cannot read"})
 
     arriving: list[Message] = [{"type": "http.request", "body": b"x" * (JSON_BYTES + 1), "more_body": False}]
-    sent = run(told(BodyLimit(insistent, json_bytes=JSON_BYTES, upload_bytes=0), arriving, []))
+    sent = run(told(BodyLimit(insistent, json_bytes=JSON_BYTES, upload_bytes=0, upload_paths=()), arriving, []))
 
     assert [message.get("status") for message in sent] == [413, None, None]
 
@@ -300,7 +304,7 @@ def test_a_length_that_is_no_number_is_left_to_counting(length: bytes) -> None:
         await receive()
 
     arriving: list[Message] = [{"type": "http.request", "body": b"x" * (JSON_BYTES + 1), "more_body": False}]
-    app = BodyLimit(quiet, json_bytes=JSON_BYTES, upload_bytes=0)
+    app = BodyLimit(quiet, json_bytes=JSON_BYTES, upload_bytes=0, upload_paths=())
     sent = run(told(app, arriving, [(b"content-length", length)]))
 
     assert sent[0]["status"] == 413

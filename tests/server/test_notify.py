@@ -26,15 +26,23 @@ def test_nobody_listening_is_no_error(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "expected"),
+    ("environ", "watched"),
     [
-        ({}, None),
-        ({"WATCHDOG_USEC": "30000000"}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, 15.0),
-        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, None),
-        ({"WATCHDOG_USEC": "0"}, None),
-        ({"WATCHDOG_USEC": "soon"}, None),
+        ({}, False),
+        ({"WATCHDOG_USEC": "30000000"}, True),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "7"}, True),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "8"}, False),
+        ({"WATCHDOG_USEC": "0"}, False),
+        ({"WATCHDOG_USEC": "soon"}, False),
     ],
 )
-def test_the_watchdog_is_pinged_twice_as_often_as_it_asks(environ: dict[str, str], expected: float | None) -> None:
-    assert notify.watchdog_interval_s(environ, pid=7) == expected
+def test_the_watchdog_is_pinged_if_it_waits_for_this_process(environ: dict[str, str], watched: bool) -> None:
+    assert notify.is_watched(environ, pid=7) is watched
+
+
+def test_a_full_ear_is_not_waited_for() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind("\0chatterbox-test-deaf")
+        environ = {"NOTIFY_SOCKET": "@chatterbox-test-deaf"}
+        while notify.send(environ, notify.WATCHDOG):
+            pass

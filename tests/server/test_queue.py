@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatterbox_server.engine import Engine, EngineBroken, EngineError, Refused
+from chatterbox_server.engine import Engine, EngineBroken, EngineError, GpuMemory, Refused
 from chatterbox_server.queue import (
     AHEAD,
     RECENT,
@@ -184,7 +184,7 @@ def test_a_broken_engine_is_told_to_who_broke_it_and_refuses_everyone_else() -> 
                 with pytest.raises(Closed, match="the engine is broken"):
                     await late
             assert str(queue.broken) == "device-side assert"
-            assert not queue.sound
+            assert not queue.healthy
 
     run(scenario())
 
@@ -221,7 +221,7 @@ def test_what_loading_raises_is_raised_by_start() -> None:
         queue = queue_of(load)
         with pytest.raises(EngineError, match=r"cannot load: FileNotFoundError: no conds\.pt"):
             await queue.start()
-        assert not queue.sound
+        assert not queue.healthy
 
     run(scenario())
 
@@ -232,7 +232,7 @@ def test_an_utterance_that_runs_too_long_makes_the_engine_unsound_until_it_ends(
         async with a_queue(engine, longest_utterance_s=0.05) as queue:
             hangs, waits = asked(queue, "hangs"), asked(queue, "waits")
             await until(lambda: queue.overdue)
-            assert not queue.sound
+            assert not queue.healthy
             with pytest.raises(Closed, match="the engine is stuck"):
                 await whole(queue, "comes")
             queue.hand_back("the engine is stuck")
@@ -240,7 +240,7 @@ def test_an_utterance_that_runs_too_long_makes_the_engine_unsound_until_it_ends(
                 await waits
             engine.let_go()
             await hangs
-            assert queue.sound
+            assert queue.healthy
 
     run(scenario())
 
@@ -362,6 +362,49 @@ def test_a_place_knows_how_many_were_before_it() -> None:
             for place in places:
                 async with place:
                     assert len([spoken async for spoken in place]) == 1
+
+    run(scenario())
+
+
+def test_an_engine_that_cannot_tell_its_memory_still_speaks() -> None:
+    class Amnesiac(FakeEngine):
+        def memory(self) -> GpuMemory | None:
+            raise OSError("the driver is gone")
+
+    async def scenario() -> None:
+        async with a_queue(Amnesiac()) as queue:
+            assert len(await whole(queue, "one", "two")) == 2
+            assert queue.memory is None
+
+    run(scenario())
+
+
+def test_what_is_spoken_is_told_also_when_nobody_waits_for_it() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine(held=True)
+        told: list[Spoken] = []
+        async with a_queue(engine, on_spoken=told.append) as queue:
+            gone = asked(queue, "gone")
+            await until(lambda: heard(engine) == ["gone"])
+            gone.cancel()
+            engine.let_go()
+            await until(lambda: len(told) == 1)
+
+    run(scenario())
+
+
+def test_a_stop_waits_for_a_book_whose_listener_is_slow() -> None:
+    async def scenario() -> None:
+        engine = FakeEngine()
+        async with a_queue(engine) as queue:
+            async with queue.admit([an_utterance(str(number)) for number in range(5)]) as place:
+                pieces = aiter(place)
+                await anext(pieces)
+                await until(lambda: len(engine.heard) == 1 + AHEAD and not queue.running)
+                queue.drain()
+                assert queue.at_work
+                assert len([spoken async for spoken in pieces]) == 4
+            assert not queue.at_work
 
     run(scenario())
 

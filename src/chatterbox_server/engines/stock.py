@@ -414,7 +414,7 @@ def load(settings: Settings) -> StockEngine:
 def _is_of_the_gpu(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in ("CUDA", *FATAL))
 
 
 def _one_line(error: Exception) -> str:

@@ -31,6 +31,9 @@ from chatterbox_server.voices import DEFAULT
 REFERENCES: Final = ("audio_prompt", "reference_audio", "ref_audio", "audio_file", "voice_file")
 """What a form may call the recording to imitate."""
 
+UPLOADS: Final = "/synthesize"
+"""The path that takes recordings."""
+
 GIGABYTE: Final = 1e9
 
 _FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -220,7 +223,7 @@ async def health(service: Shared) -> Response:
     gpus, memory = _gpus(service), service.queue.memory
     body = Health(
         status="healthy" if service.ready else "unhealthy",
-        model_loaded=service.queue.sound,
+        model_loaded=service.queue.healthy,
         gpu_available=memory is not None,
         gpu_name=gpus[0] if gpus else None,
         gpu_memory_total=None if memory is None else memory.total_bytes / GIGABYTE,
@@ -240,7 +243,7 @@ async def model_info(service: Shared) -> ModelInfo:
         model_type=engine.model,
         device="cpu" if service.queue.memory is None else "cuda",
         sample_rate=engine.sample_rate_hz,
-        loaded=service.queue.sound,
+        loaded=service.queue.healthy,
         languages=list(engine.languages),
     )
 
@@ -270,7 +273,8 @@ async def _script(request: Request, service: Service, stack: AsyncExitStack) -> 
             return script
         field, sent = reference
         try:
-            voice = await asyncio.to_thread(stack.enter_context, service.results.voice(sent.file))
+            async with service.decoding:
+                voice = await asyncio.to_thread(stack.enter_context, service.results.voice(sent.file))
         except NotARecording as error:
             message = f"{field}: {error}"
             raise BadRequest(message, param=field) from error

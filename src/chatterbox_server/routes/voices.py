@@ -14,6 +14,10 @@ from chatterbox_server.voices import Voice
 router = APIRouter(prefix="/v1/audio", tags=["audio"])
 
 
+UPLOADS: Final = "/v1/audio/voices"
+"""The path that takes recordings."""
+
+
 class VoiceRow(BaseModel):
     """A voice as a client sees it."""
 
@@ -111,7 +115,8 @@ async def upload(request: Request, service: Shared) -> VoiceRow:
         replace = form.get("replace", "false")
         if replace not in {"true", "false"}:
             raise BadRequest("replace: input should be 'true' or 'false'", param="replace")
-        voice = await asyncio.to_thread(service.voices.add, name, sample.file, replace=replace == "true")
+        async with service.decoding:
+            voice = await asyncio.to_thread(service.voices.add, name, sample.file, replace=replace == "true")
     return await asyncio.to_thread(_row, voice)
 
 
