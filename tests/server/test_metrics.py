@@ -10,6 +10,7 @@ from fastapi import APIRouter, FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from chatterbox_server.engine import Failure
 from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
 from server.fakes import FakeEngine, a_client, run
 
