@@ -55,9 +55,8 @@ def _in_memory(engine: Engine, utterance: Utterance) -> tuple[NDArray[np.float32
         utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)
     )
     joints = Joints(engine.sample_rate_hz)
-    sounds = [
-        joints.join(engine.synthesize(dataclasses.replace(utterance, text=half.text)), half.pause_s) for half in halves
-    ]
+    # Without the pauses of the split: it would have been one breath.
+    sounds = [joints.join(engine.synthesize(dataclasses.replace(utterance, text=half.text)), 0.0) for half in halves]
     return np.concatenate(sounds), ("out_of_memory",)
 
 

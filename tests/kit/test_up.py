@@ -48,6 +48,8 @@ class Up:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Else the voices of whoever runs the tests would be among those of the fleet.
+            env=os.environ | {"XDG_STATE_HOME": str(fleet_toml.parent / "state")},
         )
         self._closed = threading.Event()
         self.said: list[str] = []
