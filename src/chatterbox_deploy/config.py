@@ -24,12 +24,19 @@ from chatterbox_deploy.errors import FleetFileError
 _UUID = r"(?:GPU|MIG)-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _GPU = rf"(?:0|[1-9][0-9]?|{_UUID})"
 
+VERSIONS_DIR = "/opt/chatterbox-tts/versions"
+"""Each version of the server has an environment of its own below it."""
+
+VERSION_LINK = "/opt/chatterbox-tts/venv"
+"""Points to the version that runs."""
+
 MAX_INSTANCES_PER_GPU = 16
 """More replicas than this share a GPU badly: even a tiny model spends its time switching contexts."""
 
 RESERVED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
+    "FLEET_INSTANCE",
     "INVOCATION_ID",
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -37,8 +44,8 @@ RESERVED_VARIABLES = (
 """Environment the unit itself decides; an operator's value would silently break pinning or readiness."""
 
 
-SMALLEST_RECYCLE_MB = 256
-"""Any engine holds as much from the start: with less it would be recycled for ever."""
+SMALLEST_MEMORY_MB = 256
+"""Any engine holds as much from the start: with less it would be recycled, or killed, for ever."""
 
 
 def _absolute_path(value: str) -> str:
@@ -130,9 +137,9 @@ def _origin(value: str) -> str:
     return value
 
 
-def _never_or_enough(value: int) -> int:
-    if 0 < value < SMALLEST_RECYCLE_MB:
-        raise PydanticCustomError("recycle", "should be 0 (never) or at least {least}", {"least": SMALLEST_RECYCLE_MB})
+def _none_or_enough(value: int) -> int:
+    if 0 < value < SMALLEST_MEMORY_MB:
+        raise PydanticCustomError("memory", "should be 0 (none) or at least {least}", {"least": SMALLEST_MEMORY_MB})
     return value
 
 
@@ -155,7 +162,7 @@ VariableName = Annotated[str, AfterValidator(_variable_name)]
 Variable = Annotated[str, AfterValidator(_printable)]
 Voice = Annotated[str, AfterValidator(_voice)]
 Origin = Annotated[str, AfterValidator(_origin)]
-RecycleMb = Annotated[int, Field(ge=0, le=10_000_000), AfterValidator(_never_or_enough)]
+MemoryMb = Annotated[int, Field(ge=0, le=10_000_000), AfterValidator(_none_or_enough)]
 
 
 class _Strict(BaseModel):
@@ -188,7 +195,7 @@ class ServerConfig(_Strict):
     engine: Literal["stock", "espeak"] = "stock"
     """stock: the chatterbox-tts package. espeak: offline stand-in without GPU or weights, for demos and tests."""
 
-    python: AbsolutePath = "/opt/chatterbox-tts/venv/bin/python"
+    python: AbsolutePath = f"{VERSION_LINK}/bin/python"
     """Interpreter of the environment that has chatterbox-deploy[server] installed."""
 
     weights: AbsolutePath | None = None
@@ -233,10 +240,10 @@ class ServerConfig(_Strict):
     cors_origins: list[Origin] = []
     """Web pages whose scripts may use the front from a browser, such as "https://example.com"; "*" is any page."""
 
-    recycle_gpu_mb: RecycleMb = 0
+    recycle_gpu_mb: MemoryMb = 0
     """MB of GPU memory after which an instance finishes what it has and starts afresh; 0 is never."""
 
-    recycle_host_mb: RecycleMb = 0
+    recycle_host_mb: MemoryMb = 0
     """MB of host memory after which an instance finishes what it has and starts afresh; 0 is never."""
 
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = 2
@@ -270,6 +277,16 @@ class UnitConfig(_Strict):
     restart_limit: Annotated[int, Field(ge=1, le=1000)] = 10
     """Starts that fail within about a minute each, one after the other, until systemd leaves an instance down."""
 
+    memory_max_mb: MemoryMb = 0
+    """MB of host memory, with all that it started, at which the kernel kills an instance; 0 is no limit."""
+
+    recycle_after_h: Annotated[int, Field(ge=0, le=8760)] = 0
+    """Hours after which an instance is drained and started afresh, one at a time; 0 is never."""
+
+    recycle_memory_mb: MemoryMb = 0
+    """MB of host memory after which an instance is drained and started afresh, any server; 0 is never. It is what
+    systemd counts (MemoryCurrent), which includes the cached pages of files that were read, such as the weights."""
+
 
 class FleetConfig(_Strict):
     """Root of ``fleet.toml``."""
@@ -292,6 +309,26 @@ class FleetConfig(_Strict):
             (gpu, port) for gpu, ports in self.gpus.items() for port in (ports if isinstance(ports, list) else [ports])
         ]
 
+    def with_version(self, directory: str) -> FleetConfig:
+        """The same fleet with the version itself in the place of the link to it.
+
+        So a running instance, and one that restarts by itself, keeps to its version when the link is turned.
+        """
+        inside = self.server.python.removeprefix(f"{VERSION_LINK}/")
+        if self.server.command is not None or inside == self.server.python:
+            return self
+        return self.model_copy(update={"server": self.server.model_copy(update={"python": f"{directory}/{inside}"})})
+
+    def with_port(self, before: int, after: int) -> FleetConfig:
+        """The same fleet with one instance on another port."""
+        gpus = {
+            gpu: [after if port == before else port for port in ports]
+            if isinstance(ports, list)
+            else (after if ports == before else ports)
+            for gpu, ports in self.gpus.items()
+        }
+        return self.model_copy(update={"gpus": gpus})
+
 
 # Keys of [server] that mean something to a server of the operator's own.
 _KEYS_FOR_ANY_SERVER = frozenset(
@@ -307,6 +344,7 @@ def conflicts(config: FleetConfig) -> list[str]:
         *_keys_conflicts(config),
         *_command_conflicts(config.server),
         *_device_conflicts(config.server),
+        *_memory_conflicts(config),
     ]
 
 
@@ -392,6 +430,19 @@ def _device_conflicts(server: ServerConfig) -> list[str]:
         # torch's CPU autocast hands the vocoder's inverse Fourier transform numbers that it does not take.
         return [f"server.autocast: should be 'off' where server.device is 'cpu', got {server.autocast!r}"]
     return []
+
+
+def _memory_conflicts(config: FleetConfig) -> list[str]:
+    limit_mb = config.unit.memory_max_mb
+    recycles = {
+        "server.recycle_host_mb": config.server.recycle_host_mb,
+        "unit.recycle_memory_mb": config.unit.recycle_memory_mb,
+    }
+    return [
+        f"{key}: should be below unit.memory_max_mb, {limit_mb}, where the kernel kills an instance, got {recycle_mb}"
+        for key, recycle_mb in recycles.items()
+        if limit_mb and recycle_mb >= limit_mb
+    ]
 
 
 def load(text: str, *, source: str) -> FleetConfig:

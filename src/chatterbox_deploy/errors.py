@@ -25,6 +25,15 @@ class FleetFileError(DeployError):
         super().__init__("\n  ".join([f"{source} has {count}", *problems]))
 
 
+class UnknownInstance(DeployError):
+    """The command line names an instance, or a GPU, that the fleet has not got."""
+
+    exit_code = 2
+
+    def __init__(self, who: str, known: Sequence[str]) -> None:
+        super().__init__(f"cannot find instance {who!r}; the fleet has {', '.join(known)}")
+
+
 class TemplateError(DeployError):
     """A template cannot be rendered; usually one of the operator's own (``--templates``)."""
 

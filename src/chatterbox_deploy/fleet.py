@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
+from chatterbox_deploy.errors import UnknownInstance
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -21,6 +23,8 @@ HOST = "127.0.0.1"
 MARGIN_S = 10
 """Seconds by which an outer timeout exceeds the inner ones, so that the inner one answers first."""
 
+
+MEGABYTE = 1_000_000
 
 QUICK_FAILURE_S = 60
 """A start that fails sooner is part of a crash loop; a slower one is tried for ever. Importing torch takes 10-37 s."""
@@ -67,6 +71,24 @@ class Instance:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     """What the process is told; the keys of ``Service.api_keys_file`` come beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One member of the front's list; while the fleet changes, old and new instances stand in it together."""
+
+    name: str
+    host: str
+    port: int
+    drained: bool = False
+    """Whether it gets no new requests; those it has, it finishes."""
+
+    leaving: bool = False
+    """Whether it is about to restart: it gets a new request only when nobody else could take it.
+
+    An nginx worker that a reload replaced may hold a request for as long as its upload takes, and knows only the
+    list that it began with: if all others on it are away by then, this one is back.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +143,20 @@ class Service:
     config_error_status: int | None
     """Exit status after which a restart cannot help."""
 
+    memory_max_bytes: int | None
+    """Host memory at which an instance is killed; ``None`` is no limit."""
+
+    recycle_after_h: int | None
+    """Age at which an instance is drained and started afresh; ``None`` is never."""
+
+    recycle_memory_mb: int | None
+    """Host memory, as its supervisor counts it, beyond which it is drained and started afresh; ``None`` is never."""
+
+    @property
+    def recycles(self) -> bool:
+        """Whether somebody has to look at the instances now and then."""
+        return self.recycle_after_h is not None or self.recycle_memory_mb is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
@@ -166,9 +202,31 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             uses_gpu=not ours or (server.engine != "espeak" and server.device == "cuda"),
             api_keys_file=server.api_keys_file,
             config_error_status=2 if ours else None,
+            memory_max_bytes=unit.memory_max_mb * MEGABYTE or None,
+            recycle_after_h=unit.recycle_after_h or None,
+            recycle_memory_mb=unit.recycle_memory_mb or None,
         ),
         places=places,
     )
+
+
+def find(fleet: Fleet, who: str) -> tuple[Instance, ...]:
+    """Instances that an operator calls ``who``: by name, or by a GPU of theirs (``1``, ``gpu1``, its UUID).
+
+    Raises:
+        UnknownInstance: there is none.
+    """
+    wanted = who.lower()
+    named = tuple(instance for instance in fleet.instances if wanted == instance.name)
+    found = named or tuple(
+        instance
+        for instance in fleet.instances
+        if wanted == ",".join(instance.gpus).lower()
+        or any(wanted in {gpu.lower(), _full(gpu), _short(gpu)} for gpu in instance.gpus)
+    )
+    if not found:
+        raise UnknownInstance(who, [instance.name for instance in fleet.instances])
+    return found
 
 
 def _names(config: FleetConfig) -> list[str]:

@@ -1,20 +1,48 @@
-"""The one door to the outside world: files. Decides nothing."""
+"""The one door to the outside world: files, commands, HTTP, the clock. Decides nothing."""
 
 from __future__ import annotations
 
+import fcntl
+import http.client
 import os
+import shlex
+import shutil
 import stat
+import subprocess
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from chatterbox_deploy.render import RenderedFile
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a command ended."""
+
+    status: int
+    stdout: str = ""
+    stderr: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP response; names of headers in lower case."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
 
 
 class Host(Protocol):
@@ -29,7 +57,7 @@ class Host(Protocol):
         ...
 
     def glob(self, directory: PurePosixPath, pattern: str) -> list[PurePosixPath]:
-        """Files of ``directory`` whose names match; empty if there is no such directory."""
+        """Files below ``directory`` that match; empty if there is no such directory."""
         ...
 
     def write_files(self, files: Sequence[RenderedFile]) -> None:
@@ -38,6 +66,68 @@ class Host(Protocol):
         Raises:
             CommandFailed: naming the file and the reason.
         """
+        ...
+
+    def append(self, path: PurePosixPath, text: str) -> None:
+        """Add to the end of a file that only its owner reads.
+
+        Raises:
+            CommandFailed: it cannot be written.
+        """
+        ...
+
+    def remove(self, path: PurePosixPath) -> None:
+        """Take away a file, a link, or a directory with all that is in it; nothing happens if it is not there.
+
+        Raises:
+            CommandFailed: it cannot be removed.
+        """
+        ...
+
+    def read_link(self, path: PurePosixPath) -> PurePosixPath | None:
+        """Where a symbolic link points, absolute; ``None`` if there is no link."""
+        ...
+
+    def link(self, path: PurePosixPath, target: PurePosixPath) -> None:
+        """Make, or turn, a symbolic link; nobody ever sees none there.
+
+        Raises:
+            CommandFailed: it cannot be made.
+        """
+        ...
+
+    def run(self, argv: Sequence[str], *, timeout_s: float, check: bool = True) -> Ran:
+        """Run a command to its end.
+
+        Raises:
+            CommandFailed: it is not there, did not end in time, or (``check``) its exit status is not 0.
+        """
+        ...
+
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float
+    ) -> Answer | None:
+        """One HTTP request; ``None`` if nobody answered in time."""
+        ...
+
+    def lock(self, path: PurePosixPath) -> AbstractContextManager[None]:
+        """Hold the lock at ``path``; the kernel lets go of it when we die.
+
+        Raises:
+            CommandFailed: somebody else holds it.
+        """
+        ...
+
+    def now(self) -> datetime:
+        """The time, in UTC."""
+        ...
+
+    def monotonic_s(self) -> float:
+        """Seconds since some moment."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
         ...
 
 
@@ -67,7 +157,8 @@ class LocalHost:
 
     def glob(self, directory: PurePosixPath, pattern: str) -> list[PurePosixPath]:
         """See ``Host``."""
-        return sorted(directory / found.name for found in self.at(directory).glob(pattern) if found.is_file())
+        place = self.at(directory)
+        return sorted(directory / found.relative_to(place) for found in place.glob(pattern) if found.is_file())
 
     def write_files(self, files: Sequence[RenderedFile]) -> None:
         """See ``Host``; each file appears whole under its name (rename(2)), never half-written."""
@@ -91,6 +182,125 @@ class LocalHost:
             for temporary, _ in staged:
                 with suppress(OSError):
                     temporary.unlink()
+
+    def append(self, path: PurePosixPath, text: str) -> None:
+        """See ``Host``."""
+        try:
+            self.at(path).parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(
+                os.open(self.at(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8"
+            ) as stream:
+                stream.write(text)
+        except OSError as error:
+            raise _failed("write", self.at(path), error) from None
+
+    def remove(self, path: PurePosixPath) -> None:
+        """See ``Host``."""
+        place = self.at(path)
+        try:
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink(missing_ok=True)
+        except OSError as error:
+            raise _failed("remove", place, error) from None
+
+    def read_link(self, path: PurePosixPath) -> PurePosixPath | None:
+        """See ``Host``."""
+        try:
+            return path.parent / self.at(path).readlink()
+        except OSError:
+            return None
+
+    def link(self, path: PurePosixPath, target: PurePosixPath) -> None:
+        """See ``Host``; relative where it can be, so that the tree may be moved."""
+        place = self.at(path)
+        short = target.relative_to(path.parent) if target.is_relative_to(path.parent) else target
+        fresh = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            fresh.unlink(missing_ok=True)
+            fresh.symlink_to(short)
+            fresh.replace(place)
+        except OSError as error:
+            with suppress(OSError):
+                fresh.unlink()
+            raise _failed("link", place, error) from None
+
+    def run(self, argv: Sequence[str], *, timeout_s: float, check: bool = True) -> Ran:
+        """See ``Host``."""
+        try:
+            done = subprocess.run(
+                argv,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                # The terminal's Ctrl-C reaches us, not half of what we began.
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            msg = f"cannot run `{shlex.join(argv)}`: it did not end within {timeout_s:g} s"
+            raise CommandFailed(msg) from None
+        except OSError as error:
+            msg = f"cannot run `{shlex.join(argv)}`: {(error.strerror or str(error)).lower()}"
+            raise CommandFailed(msg) from None
+        if check and done.returncode != 0:
+            said = done.stderr.strip() or done.stdout.strip() or "no output"
+            msg = f"cannot run `{shlex.join(argv)}`: exit status {done.returncode}: {said}"
+            raise CommandFailed(msg)
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float
+    ) -> Answer | None:
+        """See ``Host``."""
+        place = urlsplit(url)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port or 80, timeout=timeout_s)
+        try:
+            connection.request(method, place.path or "/", body=body or None, headers=dict(headers or {}))
+            response = connection.getresponse()
+            named = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, named, response.read())
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+
+    @contextmanager
+    def lock(self, path: PurePosixPath) -> Iterator[None]:
+        """See ``Host``."""
+        place = self.at(path)
+        try:
+            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise _failed("lock", place, error) from None
+        with os.fdopen(descriptor, "r+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = stream.read().strip() or "another process"
+                msg = f"cannot begin: {holder} is changing this fleet now (it holds {place})"
+                raise CommandFailed(msg) from None
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()}")
+            stream.flush()
+            yield
+
+    def now(self) -> datetime:
+        """See ``Host``."""
+        return datetime.now(UTC)
+
+    def monotonic_s(self) -> float:
+        """See ``Host``."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """See ``Host``."""
+        time.sleep(seconds)
 
 
 def _stage(file: RenderedFile, target: Path) -> Path:

@@ -1,14 +1,28 @@
-"""nginx's words: quoting. Runs nothing."""
+"""nginx's words: quoting, and who is listed in a front's text. Runs nothing."""
 
 from __future__ import annotations
+
+import re
+
+from chatterbox_deploy.fleet import Upstream
+
+_SERVER = re.compile(r"^ *server (\S+):([0-9]+)[^;]*; # ([a-z0-9-]+)(?:, (drained|leaving))?$", re.MULTILINE)
 
 MAX_PASSES = 9
 """nginx follows ten internal redirects (``NGX_HTTP_MAX_URI_CHANGES``); the last one is for the error."""
 
 
 def passes(instances: int) -> int:
-    """How many instances a request may be offered to in turn: all of up to 9, and up to 4 of them twice."""
-    return min(MAX_PASSES, 2 * instances)
+    """How many instances a request may be offered to in turn: up to 9, fewer than 5 of them twice; at least one."""
+    return min(MAX_PASSES, max(1, 2 * instances))
+
+
+def find_upstreams(front: str) -> tuple[Upstream, ...]:
+    """Who is listed in the text of a front that we wrote."""
+    return tuple(
+        Upstream(name, host, int(port), drained=how == "drained", leaving=how == "leaving")
+        for host, port, name, how in _SERVER.findall(front)
+    )
 
 
 def quote(text: str) -> str:

@@ -1,76 +1,542 @@
-"""What separates the files on a host from the files a fleet wants. Decides; touches nothing."""
+"""The ordered steps from what is on a host to what a fleet wants, without a lost request. Decides; touches nothing."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import render
+from chatterbox_deploy import difference, fleet, render, systemd
+from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.fleet import Upstream
+from chatterbox_deploy.steps import (
+    PointLink,
+    Purge,
+    RemoveFile,
+    Run,
+    ShowFront,
+    Speak,
+    StartUnits,
+    StopUnits,
+    VerifyUnits,
+    WaitIdle,
+    WaitReady,
+    WriteFiles,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import PurePosixPath
 
+    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.difference import Change
+    from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.render import RenderedFile
+    from chatterbox_deploy.steps import Step
+    from chatterbox_deploy.systemd import Mark
+    from chatterbox_deploy.templates import Templates
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """A file to write."""
+class Wanted:
+    """What a host should hold: a fleet and its files, and how to write the texts that stand only for a while."""
 
-    file: RenderedFile
-    before: str | None
-    """Text on disk; ``None`` where there is no file yet."""
+    fleet: Fleet
+    files: tuple[RenderedFile, ...]
+    front: Callable[[Sequence[Upstream]], str]
+    """The front with those behind it."""
 
-    def diff(self) -> str:
-        """Unified diff as ``diff -u`` prints it."""
-        name = str(self.file.path)
-        return "".join(
-            difflib.unified_diff(
-                [] if self.before is None else self.before.splitlines(keepends=True),
-                self.file.text.splitlines(keepends=True),
-                "/dev/null" if self.before is None else f"a{name}",
-                f"b{name}",
-            )
-        )
+    unit_on: Callable[[str, int], RenderedFile]
+    """The unit of an instance (by name), were it on that port."""
+
+
+def want(config: FleetConfig, templates: Templates, *, source: str) -> Wanted:
+    """What ``config`` asks of a host.
+
+    Raises:
+        TemplateError: a template cannot be filled in.
+    """
+    resolved = fleet.resolve(config)
+
+    def front(upstreams: Sequence[Upstream]) -> str:
+        return render.front(resolved, templates, source=source, upstreams=upstreams)
+
+    def unit_on(name: str, port: int) -> RenderedFile:
+        before = next(instance.port for instance in resolved.instances if instance.name == name)
+        moved = fleet.resolve(config.with_port(before, port))
+        instance = next(instance for instance in moved.instances if instance.name == name)
+        return render.instance_unit(moved, instance, templates, source=source)
+
+    return Wanted(resolved, render.render(resolved, templates, source=source), front, unit_on)
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
-    """The outcome of comparing a host with a fleet; every path is in at most one of the four."""
+class UnitState:
+    """An instance as systemd knows it, whoever wrote its unit."""
 
-    to_write: tuple[Change, ...]
-    unchanged: tuple[PurePosixPath, ...]
-    stale: tuple[PurePosixPath, ...]
-    """Ours, and no longer wanted: usually a GPU left the fleet file."""
+    active: str
+    """ActiveState: active, activating, deactivating, failed, inactive."""
 
-    foreign: tuple[PurePosixPath, ...]
-    """Where we would write, but not ours: never overwritten."""
+    running: Mark | None
+    """What its process says of itself; ``None`` where none runs."""
+
+    has_process: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """What is on a host."""
+
+    files: Mapping[PurePosixPath, str] = field(default_factory=dict)
+    """Texts of the files that are wanted, or have a name that we give to files; whoever wrote them."""
+
+    instances: Mapping[str, UnitState] = field(default_factory=dict)
+    """Every unit that is an instance of ours by name, by the instance's name; ours or not."""
+
+    enabled: bool = False
+    """Whether the target starts at boot."""
+
+    active: bool = False
+    """Whether the target is active."""
+
+    listening: frozenset[int] = frozenset()
+    """TCP ports on which something listens."""
+
+    edited: frozenset[PurePosixPath] = frozenset()
+    """Files of ours that somebody changed by hand."""
+
+    changed_keys: frozenset[str] = frozenset()
+    """Files of API keys whose content is not what was last applied."""
+
+    missing: frozenset[str] = frozenset()
+    """Files that the wanted fleet needs and that are not there: keys, certificates, programs."""
+
+    drained: frozenset[str] = frozenset()
+    """Instances that an operator took out of the front (``drain``)."""
+
+    interrupted: str | None = None
+    """A plan that was begun and never ended, in words."""
+
+    stale: bool = False
+    """systemd has not read a unit file that changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps, and why."""
+
+    steps: tuple[Step, ...] = ()
+    reasons: tuple[tuple[str, str], ...] = ()
+    """(instance, why it starts, restarts or stops), in the order in which it happens."""
+
+    notes: tuple[str, ...] = ()
+    """What an operator ought to know before."""
+
+    problems: tuple[str, ...] = ()
+    """Why it cannot be carried out."""
 
     def __bool__(self) -> bool:
-        """Whether the host differs from the fleet."""
-        return bool(self.to_write or self.stale or self.foreign)
+        """Whether there is anything to do."""
+        return bool(self.steps or self.problems)
+
+    def changed_files(self) -> list[Change]:
+        """Every file as it is now and as it will be in the end, in the order of their paths; those that change."""
+        first: dict[PurePosixPath, str | None] = {}
+        last: dict[PurePosixPath, RenderedFile] = {}
+        for step in self.steps:
+            for change in step.changes if isinstance(step, WriteFiles | ShowFront) else ():
+                first.setdefault(change.file.path, change.before)
+                last[change.file.path] = change.file
+        return [difference.Change(last[path], first[path]) for path in sorted(last) if first[path] != last[path].text]
+
+    def removed_files(self) -> list[PurePosixPath]:
+        """Everything that goes."""
+        return [step.path for step in self.steps if isinstance(step, RemoveFile | Purge)]
 
 
-def compare(wanted: Sequence[RenderedFile], on_disk: Mapping[PurePosixPath, str]) -> Changes:
-    """Sort out ``wanted`` against the text of the files that are there.
+def plan(
+    wanted: Wanted,
+    state: HostState,
+    *,
+    restart: Mapping[str, str] | None = None,
+    max_unavailable: int = 1,
+    link: PointLink | None = None,
+) -> Plan:
+    """Smallest ordered set of steps that takes ``state`` to ``wanted``.
 
-    ``on_disk`` may hold files of other people; only one that carries our header counts as ours.
+    Instances change one at a time (``max_unavailable`` at a time): out of the front, idle, stopped, its new unit
+    written, started, ready, heard, back in the front. No unit starts on a port that another still holds: where
+    instances swap ports, one of them takes the way over a spare port. The front never lists one that is stopped.
+
+    ``restart`` gives the instances to restart though nothing of them changed, and why.
     """
-    foreign = {file.path for file in wanted if file.path in on_disk and not render.is_ours(on_disk[file.path])}
-    differing = [
-        Change(file, on_disk.get(file.path))
-        for file in wanted
-        if file.path not in foreign and on_disk.get(file.path) != file.text
-    ]
-    written = {change.file.path for change in differing}
-    wanted_paths = {file.path for file in wanted}
-    return Changes(
-        to_write=tuple(differing),
-        unchanged=tuple(path for path in sorted(wanted_paths) if path not in foreign | written),
-        stale=tuple(
-            path for path, text in sorted(on_disk.items()) if path not in wanted_paths and render.is_ours(text)
-        ),
-        foreign=tuple(sorted(foreign)),
+    compared = difference.compare(wanted.files, state.files)
+    if problems := _problems(wanted, state, compared.foreign):
+        return Plan(problems=tuple(problems))
+    work = _Work(wanted, state, dict(restart or {}), max_unavailable, link)
+    return work.plan()
+
+
+def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> Plan:
+    """Steps after which nothing of ours is installed, but for files to ``keep``; voices and weights are not touched."""
+    ours = {path: text for path, text in state.files.items() if render.is_ours(text) and path not in keep}
+    steps: list[Step] = []
+    if render.FRONT_PATH in ours:
+        steps += [RemoveFile(render.FRONT_PATH, ours[render.FRONT_PATH]), FORGET_FRONT]
+    running = sorted(name for name, unit in state.instances.items() if unit.has_process or unit.active != "inactive")
+    mine = [name for name in running if _unit_path(name) in ours or _unit_path(name) not in state.files]
+    if state.enabled and render.UNIT_DIR / systemd.TARGET in ours:
+        steps.append(Run(("systemctl", "disable", systemd.TARGET), "the fleet no longer starts at boot"))
+    if mine:
+        steps.append(StopUnits(tuple(systemd.unit_name(name) for name in mine)))
+    units = tuple(path for path in sorted(ours) if path.parent == render.UNIT_DIR)
+    others = tuple(
+        path.name for path in units if path.name not in {systemd.unit_name(name) for name in state.instances}
     )
+    if others:
+        steps.append(StopUnits(others))
+    steps += [RemoveFile(path, ours[path]) for path in units]
+    if units:
+        steps.append(DAEMON_RELOAD)
+    return Plan(tuple(steps), reasons=tuple((name, "the fleet is uninstalled") for name in mine))
+
+
+DAEMON_RELOAD = Run(("systemctl", "daemon-reload"), "systemd reads the units")
+FORGET_FRONT = Run(("systemctl", "try-reload-or-restart", "nginx.service"), "nginx forgets the front")
+
+
+def _unit_path(name: str) -> PurePosixPath:
+    return render.UNIT_DIR / systemd.unit_name(name)
+
+
+def _problems(wanted: Wanted, state: HostState, foreign: Iterable[PurePosixPath]) -> list[str]:
+    """Everything that would stop a plan halfway, found before it begins."""
+    held = {unit.running.port for unit in state.instances.values() if unit.running is not None}
+    problems = [
+        f"{path}: chatterbox-deploy did not write it, and writes over nothing of others; move it away"
+        for path in foreign
+    ]
+    problems += [
+        f"{instance.name}: something else listens on its port {instance.port}; "
+        f"`ss -tlnp sport = :{instance.port}` names it"
+        for instance in wanted.fleet.instances
+        if instance.port in state.listening - held
+    ]
+    problems += [f"{path}: missing; the fleet needs it" for path in sorted(state.missing)]
+    return problems
+
+
+class _Work:
+    """One plan in the making: what runs where, as the steps so far will have left it."""
+
+    def __init__(
+        self, wanted: Wanted, state: HostState, restart: dict[str, str], max_unavailable: int, link: PointLink | None
+    ) -> None:
+        self.wanted = wanted
+        self.state = state
+        self.max_unavailable = max(1, max_unavailable)
+        self.link = link
+        self.steps: list[Step] = []
+        self.reasons: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+        self.disk = {path: text for path, text in state.files.items() if render.is_ours(text)}
+        self.units = {file.path: file for file in wanted.files if systemd.find_mark(file.text) is not None}
+        self.marks = {mark.name: mark for file in self.units.values() if (mark := systemd.find_mark(file.text))}
+        self.instances = {instance.name: instance for instance in wanted.fleet.instances}
+        self.running = {name: unit.running for name, unit in state.instances.items() if unit.running is not None}
+        self.gone = [
+            name
+            for name, unit in state.instances.items()
+            if name not in self.instances
+            and (self._path(name) in self.disk or unit.has_process)
+            and (self._path(name) not in state.files or self._path(name) in self.disk)
+        ]
+        # Who can speak now: only they stand in the front from the first step on.
+        self.up = {
+            name: (mark.host, mark.port)
+            for name, mark in self.running.items()
+            if state.instances[name].active == "active"
+            and mark.port in state.listening
+            and (name in self.instances or name in self.gone)
+        }
+        self.why = {name: why for name in self.instances if (why := self._why(name, restart))}
+
+    def plan(self) -> Plan:
+        """See ``plan``."""
+        self._begin()
+        todo = list(self.why)
+        gone = list(self.gone)
+        while todo or gone:
+            self._advance(todo, gone)
+        self._end()
+        if not self.steps and not self.state.interrupted:
+            return Plan(notes=tuple(self.notes))
+        return Plan(tuple(self.steps), tuple(self.reasons), tuple(self.notes))
+
+    # What is to be done
+
+    def _why(self, name: str, restart: Mapping[str, str]) -> str | None:
+        """Why an instance has to start or restart; ``None`` if it may run on."""
+        unit = self.state.instances.get(name)
+        if unit is None or unit.active == "inactive":
+            return "it does not run" if self._path(name) in self.disk else "it is new"
+        if unit.active != "active":
+            return f"its unit is {unit.active}"
+        return self._why_not_run_on(name, unit.running) or restart.get(name)
+
+    def _why_not_run_on(self, name: str, running: Mark | None) -> str | None:
+        mark = self.marks.get(name)
+        if running is None or mark is None:
+            return "it runs something that no unit of ours started"
+        if running.port != mark.port:
+            return f"it moves from port {running.port} to {mark.port}"
+        if running.digest != mark.digest:
+            return self._what_changed(name, running)
+        if mark.port not in self.state.listening:
+            return f"nothing listens on its port {mark.port}"
+        keys = self.wanted.fleet.service.api_keys_file
+        return f"the keys in {keys} changed" if keys in self.state.changed_keys else None
+
+    def _what_changed(self, name: str, running: Mark) -> str:
+        before = self.disk.get(self._path(name))
+        if before is None or systemd.find_mark(before) != running:
+            return "it runs an older unit"
+        settings = systemd.changed_settings(before, self.units[self._path(name)].text)
+        shown = ", ".join(settings[:3]) + (" and more" if len(settings) > 3 else "")
+        return f"its unit changes: {shown}"
+
+    @staticmethod
+    def _path(name: str) -> PurePosixPath:
+        return _unit_path(name)
+
+    # Steps
+
+    def _begin(self) -> None:
+        """Everything that may be refused, before anything restarts."""
+        if self.link is not None:
+            self.steps.append(self.link)
+        units = tuple(file for file in self.wanted.files if file.path.parent == render.UNIT_DIR)
+        if any(self.disk.get(file.path) != file.text for file in units):
+            self.steps.append(VerifyUnits(units))
+        # A drain that nobody asked for is left over from a plan that was cut short: it ends here.
+        self._show_front(force=self.state.interrupted is not None or bool(self._front_keys()), first=True)
+        common = [file for file in units if file.path not in self.units]
+        # Where nothing restarts for it, a changed comment, say, can be written at once.
+        quiet = [file for path, file in self.units.items() if self._name(path) not in self.why]
+        written = self._write([*common, *quiet])
+        if written or self.state.stale or self.state.interrupted:
+            self.steps.append(DAEMON_RELOAD)
+
+    def _front_keys(self) -> str | None:
+        keys = self.wanted.fleet.front.api_keys_file
+        return keys if keys in self.state.changed_keys else None
+
+    def _name(self, path: PurePosixPath) -> str:
+        mark = systemd.find_mark(self.units[path].text)
+        return "" if mark is None else mark.name
+
+    def _advance(self, todo: list[str], gone: list[str]) -> None:
+        """The next thing that can be done without harm: more who speak first, fewer last."""
+        starts = self._free([name for name in todo if name not in self.up], gone)
+        renewals = self._free([name for name in todo if name in self.up], ())
+        stops = [name for name in gone if self._in_the_way(name, todo)] or ([] if todo else gone)
+        hops = self._hops(todo, gone)
+        if now := starts or self._spared(renewals):
+            self._renew(now)
+            todo[:] = [name for name in todo if name not in now]
+        elif now := self._spared(stops)[:1]:
+            self._stop(now[0])
+            gone.remove(now[0])
+        elif now := self._spared(hops)[:1]:
+            self._renew(now, port=self._spare_port())
+        # Whatever comes next, nobody speaks meanwhile.
+        elif renewals:
+            self._renew(renewals[:1])
+            todo.remove(renewals[0])
+        elif stops:
+            self._stop(stops[0])
+            gone.remove(stops[0])
+        else:
+            self._renew(hops[:1], port=self._spare_port())
+
+    def _free(self, names: Sequence[str], gone: Sequence[str]) -> list[str]:
+        """Those whose port nobody else holds, and whose GPU nobody fills who leaves and can be spared."""
+        return [
+            name
+            for name in names
+            if not any(mark.port == self.instances[name].port for other, mark in self.running.items() if other != name)
+            and not self._filled(gone) & set(self.instances[name].gpus)
+        ]
+
+    def _filled(self, gone: Iterable[str]) -> set[str]:
+        return {gpu for name in gone if self._speaking() - {name} for gpu in self._gpus(name)}
+
+    def _hops(self, todo: Sequence[str], gone: Sequence[str]) -> list[str]:
+        """Where each waits for another's port, those who can go over a spare one."""
+        wanted = {self.instances[name].port for name in todo}
+        # One that does not speak yet can stand in for the last one that does, unless it is to be the only one.
+        stand_in = [
+            name
+            for name in todo
+            if name not in self.up
+            and len(self.instances) > 1
+            and not self._filled(gone) & set(self.instances[name].gpus)
+        ]
+        return stand_in + [name for name in todo if name in self.running and self.running[name].port in wanted]
+
+    def _speaking(self) -> set[str]:
+        return set(self.up) - self.state.drained
+
+    def _spared(self, names: Iterable[str]) -> list[str]:
+        """As many of them as may be away at once while somebody else speaks."""
+        spared: list[str] = []
+        for name in names:
+            left = self._speaking() - {*spared, name}
+            if len(spared) < self.max_unavailable and (left or name not in self._speaking()):
+                spared.append(name)
+        return spared
+
+    def _in_the_way(self, name: str, todo: Iterable[str]) -> bool:
+        """Whether an instance that leaves holds the port or the GPU of one that is to start."""
+        port = self.running[name].port if name in self.running else None
+        return any(
+            self.instances[other].port == port or set(self._gpus(name)) & set(self.instances[other].gpus)
+            for other in todo
+        )
+
+    def _gpus(self, name: str) -> tuple[str, ...]:
+        return systemd.visible_gpus(self.disk.get(self._path(name), ""))
+
+    def _spare_port(self) -> int:
+        """The next one that nobody has or wants."""
+        taken = {instance.port for instance in self.instances.values()} | self.state.listening
+        taken |= {mark.port for mark in self.running.values()} | {split_listen(self.wanted.fleet.front.listen)[1]}
+        highest = max(instance.port for instance in self.instances.values())
+        return next(port for port in chain(range(highest + 1, 65536), range(1024, 65536)) if port not in taken)
+
+    def _renew(self, names: Sequence[str], port: int | None = None) -> None:
+        """Take instances out, stop them, write their units, start them, hear them, put them back."""
+        service = self.wanted.fleet.service
+        files: list[RenderedFile] = []
+        for name in names:
+            why = self.why[name] if port is None else f"{self.why[name]}, over port {port}, since another holds its own"
+            self.reasons.append((name, why))
+            files.append(self.units[self._path(name)] if port is None else self.wanted.unit_on(name, port))
+        self._take_out(names)
+        held = tuple(name for name in names if name in self.running or self._has_process(name))
+        if held:
+            self.steps.append(StopUnits(tuple(systemd.unit_name(name) for name in held)))
+        for name in held:
+            self.running.pop(name, None)
+        if self._write(files):
+            self.steps.append(DAEMON_RELOAD)
+        self.steps.append(StartUnits(tuple(systemd.unit_name(name) for name in names), service.start_timeout_s))
+        for name, file in zip(names, files, strict=True):
+            mark = systemd.find_mark(file.text)
+            assert mark is not None  # noqa: S101  self.units holds units with a mark only
+            self.steps.append(
+                WaitReady(
+                    name, systemd.unit_name(name), mark.host, mark.port, service.start_timeout_s, service.speaks_notify
+                )
+            )
+            if service.speaks_notify:
+                self.steps.append(Speak(name, mark.host, mark.port, service.stop_timeout_s, service.api_keys_file))
+            self.running[name] = mark
+            self.up[name] = (mark.host, mark.port)
+        self._show_front()
+
+    def _has_process(self, name: str) -> bool:
+        unit = self.state.instances.get(name)
+        return unit is not None and unit.has_process
+
+    def _take_out(self, names: Sequence[str]) -> None:
+        service = self.wanted.fleet.service
+        out = {name: self.up.pop(name) for name in names if name in self.up}
+        if not out:
+            return
+        if not set(self.up) - self.state.drained:
+            self.notes.append(
+                f"nobody else speaks while {' and '.join(out)} restarts: requests get 503 with Retry-After"
+            )
+        self._show_front(out)
+        self.steps += [
+            WaitIdle(name, host, port, service.stop_timeout_s, systemd.is_notify(self.disk.get(self._path(name), "")))
+            for name, (host, port) in out.items()
+        ]
+
+    def _stop(self, name: str) -> None:
+        self.reasons.append((name, "the fleet file asks for it no longer"))
+        self._take_out([name])
+        if name in self.running or self._has_process(name):
+            self.steps.append(StopUnits((systemd.unit_name(name),)))
+        self.running.pop(name, None)
+        path = self._path(name)
+        if path in self.disk:
+            self.steps += [RemoveFile(path, self.disk.pop(path)), DAEMON_RELOAD]
+
+    def _show_front(
+        self, out: Mapping[str, tuple[str, int]] | None = None, *, force: bool = False, first: bool = False
+    ) -> None:
+        """The front with those who can speak, in the fleet's order; ``out`` are being taken out."""
+        listed = {**self.up, **(out or {})}
+        order = [*self.instances, *(name for name in self.gone if name in listed)]
+        upstreams = [
+            Upstream(name, *listed[name], drained=name in self.state.drained, leaving=name in (out or {}))
+            for name in order
+            if name in listed
+        ]
+        text = self.wanted.front(upstreams)
+        final = next(file for file in self.wanted.files if file.path == render.FRONT_PATH)
+        if (
+            all(name in self.up and self.up[name] == (i.host, i.port) for name, i in self.instances.items())
+            and len(upstreams) == len(self.instances)
+            and not any(upstream.drained or upstream.leaving for upstream in upstreams)
+        ):
+            # Word for word what the fleet renders, also where that was rendered by an older version of ours.
+            text = final.text
+        if self.steps and isinstance(last := self.steps[-1], ShowFront):
+            # One reload is enough: whoever comes back does so as the next one goes.
+            self.steps.pop()
+            force = True
+            if last.change.before is None:
+                del self.disk[render.FRONT_PATH]
+            else:
+                self.disk[render.FRONT_PATH] = last.change.before
+        before = self.disk.get(render.FRONT_PATH)
+        if text == before and not force:
+            return
+        if first and self._front_keys():
+            self.notes.append(f"the keys in {self._front_keys()} changed: nginx reads them again")
+        self.steps.append(
+            ShowFront(
+                difference.Change(render.RenderedFile(render.FRONT_PATH, text, final.mode), before), tuple(upstreams)
+            )
+        )
+        self.disk[render.FRONT_PATH] = text
+
+    def _write(self, files: Iterable[RenderedFile]) -> bool:
+        """Whether anything had to be written."""
+        written = tuple(
+            difference.Change(file, self.disk.get(file.path)) for file in files if self.disk.get(file.path) != file.text
+        )
+        if written:
+            self.steps.append(WriteFiles(written))
+            self.disk |= {change.file.path: change.file.text for change in written}
+        return bool(written)
+
+    def _end(self) -> None:
+        wanted = {file.path for file in self.wanted.files}
+        stale = [path for path in sorted(self.disk) if path not in wanted]
+        if others := tuple(path.name for path in stale if path.parent == render.UNIT_DIR):
+            self.steps.append(StopUnits(others))
+        self.steps += [RemoveFile(path, self.disk[path]) for path in stale]
+        if stale:
+            self.steps.append(DAEMON_RELOAD)
+        self._show_front()
+        if not self.state.enabled:
+            self.steps.append(Run(("systemctl", "enable", systemd.TARGET), "the fleet starts at boot"))
+        if not self.state.active:
+            self.steps.append(Run(("systemctl", "start", systemd.TARGET), "the fleet counts as started"))
+        for path in sorted(self.state.edited):
+            if path in wanted:
+                self.notes.append(f"{path} was edited by hand: that edit goes")

@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import socket
+import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from chatterbox_deploy.errors import CommandFailed
 
@@ -103,6 +104,21 @@ async def _read_lines(
             on_line(line.decode(errors="replace").rstrip("\r\n"))
     finally:
         transport.close()
+
+
+def hand_over(argv: Sequence[str]) -> NoReturn:
+    """Become another program, with this terminal, its Ctrl-C and its exit status.
+
+    Raises:
+        CommandFailed: the program is not there or may not be run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvp(argv[0], [*argv])  # noqa: S606  argv, and no shell
+    except OSError as error:
+        msg = f"cannot run {argv[0]}: {(error.strerror or str(error)).lower()}"
+        raise CommandFailed(msg) from None
 
 
 class NotifySocket:

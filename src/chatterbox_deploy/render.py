@@ -7,9 +7,12 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import __version__, nginx, systemd
+from chatterbox_deploy.fleet import Upstream
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.fleet import Fleet
+    from collections.abc import Sequence
+
+    from chatterbox_deploy.fleet import Fleet, Instance
     from chatterbox_deploy.templates import Templates
 
 UNIT_DIR = PurePosixPath("/etc/systemd/system")
@@ -48,7 +51,24 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
     Raises:
         TemplateError: a template (usually the operator's own) cannot be filled in.
     """
-    common = {
+    common = _common(fleet, source)
+    texts = {
+        UNIT_DIR / systemd.TARGET: templates.fill_in("units/chatterbox-tts.target.j2", common),
+        UNIT_DIR / systemd.FRONT_UNIT: templates.fill_in("units/chatterbox-tts-nginx.service.j2", common),
+        FRONT_PATH: front(fleet, templates, source=source),
+    }
+    if fleet.service.uses_gpu:
+        texts[UNIT_DIR / systemd.NODES_UNIT] = templates.fill_in("units/chatterbox-tts-gpu-nodes.service.j2", common)
+    if fleet.service.recycles:
+        for unit in (systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER):
+            texts[UNIT_DIR / unit] = templates.fill_in(f"units/{unit}.j2", common)
+    instances = tuple(instance_unit(fleet, instance, templates, source=source) for instance in fleet.instances)
+    others = (RenderedFile(path, text) for path, text in texts.items())
+    return tuple(sorted((*others, *instances), key=lambda file: file.path))
+
+
+def _common(fleet: Fleet, source: str) -> dict[str, object]:
+    return {
         "header": header(source),
         "fleet": fleet,
         "service": fleet.service,
@@ -57,26 +77,43 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
         "target": systemd.TARGET,
         "front_unit": systemd.FRONT_UNIT,
         "nodes_unit": systemd.NODES_UNIT,
+        "recycle_unit": systemd.RECYCLE_UNIT,
+        "recycle_timer": systemd.RECYCLE_TIMER,
         "units": [systemd.unit_name(instance.name) for instance in fleet.instances],
     }
-    texts = {
-        UNIT_DIR / systemd.TARGET: templates.fill_in("units/chatterbox-tts.target.j2", common),
-        UNIT_DIR / systemd.FRONT_UNIT: templates.fill_in("units/chatterbox-tts-nginx.service.j2", common),
-        FRONT_PATH: front(fleet, templates, source=source),
+
+
+def instance_unit(fleet: Fleet, instance: Instance, templates: Templates, *, source: str) -> RenderedFile:
+    """The unit of one instance, which carries its mark."""
+    unit = systemd.unit_name(instance.name)
+    values = {**_common(fleet, source), "instance": instance, "unit": unit}
+
+    def fill_in(digest: str) -> str:
+        mark = systemd.Mark(instance.name, instance.host, instance.port, digest)
+        variable = f"{systemd.MARK_VARIABLE}={mark}"
+        return templates.fill_in("units/chatterbox-tts-instance.service.j2", {**values, "mark": variable})
+
+    return RenderedFile(UNIT_DIR / unit, fill_in(systemd.digest(fill_in(""))))
+
+
+def front(fleet: Fleet, templates: Templates, *, source: str, upstreams: Sequence[Upstream] | None = None) -> str:
+    """nginx's file for the front, which any nginx can include.
+
+    ``upstreams`` is who stands behind it, with ports and names of their own; by default the fleet's instances,
+    all in service.
+    """
+    if upstreams is None:
+        upstreams = [Upstream(instance.name, instance.host, instance.port) for instance in fleet.instances]
+    asked = [upstream for upstream in upstreams if not upstream.drained]
+    in_service = [upstream for upstream in asked if not upstream.leaving]
+    values = {
+        "header": header(source),
+        "fleet": fleet,
+        "upstreams": upstreams,
+        "asked": asked,
+        "in_service": in_service,
+        "redirects": nginx.passes(len(asked)) - 1,
     }
-    if fleet.service.uses_gpu:
-        texts[UNIT_DIR / systemd.NODES_UNIT] = templates.fill_in("units/chatterbox-tts-gpu-nodes.service.j2", common)
-    for instance in fleet.instances:
-        unit = systemd.unit_name(instance.name)
-        texts[UNIT_DIR / unit] = templates.fill_in(
-            "units/chatterbox-tts-instance.service.j2", {**common, "instance": instance, "unit": unit}
-        )
-    return tuple(RenderedFile(path, texts[path]) for path in sorted(texts))
-
-
-def front(fleet: Fleet, templates: Templates, *, source: str) -> str:
-    """nginx's file for the front, which any nginx can include."""
-    values = {"header": header(source), "fleet": fleet, "redirects": nginx.passes(len(fleet.instances)) - 1}
     return templates.fill_in(FRONT_TEMPLATE, values)
 
 

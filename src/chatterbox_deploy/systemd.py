@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -13,14 +15,115 @@ if TYPE_CHECKING:
 TARGET = "chatterbox-tts.target"
 FRONT_UNIT = "chatterbox-tts-nginx.service"
 NODES_UNIT = "chatterbox-tts-gpu-nodes.service"
+RECYCLE_UNIT = "chatterbox-tts-recycle.service"
+RECYCLE_TIMER = "chatterbox-tts-recycle.timer"
 
 _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z0-9_=./:,@+~-]+")
 _HOMES = ("/home/", "/root/", "/run/user/")
 
 
+_INSTANCE_UNIT = re.compile(r"chatterbox-tts-((?:gpu|mig-)[a-z0-9-]+)\.service")
+"""Names of instances begin with ``gpu`` or ``mig-``; those of the other units do not, except the nodes of all GPUs."""
+
+MARK_VARIABLE = "FLEET_INSTANCE"
+"""Tells from a process's environment which text of its unit it was started by, and where it listens."""
+
+_MARK = re.compile(rf"(?:^|[\0\n= \"]){MARK_VARIABLE}=([a-z0-9-]+)/([0-9.]+):([0-9]+)/([0-9a-f]{{12}})(?=[\0\n \"]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What an instance unit says of itself, and passes to its process."""
+
+    name: str
+    host: str
+    port: int
+    digest: str
+    """Of the unit's text without comments: two texts that differ in them alone are the same unit."""
+
+    def __str__(self) -> str:
+        """As the variable's value."""
+        return f"{self.name}/{self.host}:{self.port}/{self.digest}"
+
+
+def digest(text: str) -> str:
+    """Of what systemd reads of a unit: comments and empty lines make no difference."""
+    lines = (line.strip() for line in text.splitlines())
+    return hashlib.sha256("\n".join(line for line in lines if line and line[0] not in "#;").encode()).hexdigest()[:12]
+
+
+def find_mark(text: str) -> Mark | None:
+    """The mark in a unit's text, or in ``/proc/PID/environ``; ``None`` where there is none."""
+    found = _MARK.search(text)
+    return None if found is None else Mark(found[1], found[2], int(found[3]), found[4])
+
+
+def show_argv(units: Sequence[str], properties: Sequence[str]) -> tuple[str, ...]:
+    """Command that prints properties of units; globs match what is loaded."""
+    return ("systemctl", "show", f"--property={','.join(properties)}", "--", *units)
+
+
+def parse_show(stdout: str) -> list[dict[str, str]]:
+    """What ``systemctl show`` printed: one mapping a unit, in its order."""
+    blocks = (block.strip("\n") for block in stdout.split("\n\n"))
+    return [dict(line.partition("=")[::2] for line in block.splitlines()) for block in blocks if block]
+
+
+_VISIBLE = re.compile(r'^Environment="?CUDA_VISIBLE_DEVICES=([^"\n]*)', re.MULTILINE)
+
+
+def visible_gpus(text: str) -> tuple[str, ...]:
+    """GPUs that a unit's text pins its process to."""
+    found = _VISIBLE.search(text)
+    return tuple(found[1].split(",")) if found else ()
+
+
+def is_notify(text: str) -> bool:
+    """Whether a unit's process tells systemd when it is ready: then it is a server of ours."""
+    return "\nType=notify\n" in text
+
+
+def changed_settings(before: str, after: str) -> list[str]:
+    """Names of what differs between two texts of a unit: settings, and variables of the environment."""
+
+    def settings(text: str) -> dict[str, list[str]]:
+        named: dict[str, list[str]] = {}
+        for line in text.splitlines():
+            key, equals, value = line.partition("=")
+            if key == "Environment":
+                key = value.strip('"').partition("=")[0]
+            if equals and line[0] not in "#;[" and key not in (MARK_VARIABLE, "Description"):
+                named.setdefault(key, []).append(value)
+        return named
+
+    old, new = settings(before), settings(after)
+    return [key for key in {**new, **old} if old.get(key) != new.get(key)]
+
+
+def journal_argv(
+    units: Sequence[str], *, lines: int | None = None, since: str | None = None, follow: bool = False
+) -> tuple[str, ...]:
+    """Command that prints what units wrote, each line with the unit's name where there are several."""
+    return (
+        "journalctl",
+        "--no-pager",
+        *(() if len(units) == 1 else ("--output=with-unit",)),
+        *(() if lines is None else (f"--lines={lines}",)),
+        *(() if since is None else (f"--since={since}",)),
+        *(("--follow",) if follow else ()),
+        *(f"--unit={unit}" for unit in units),
+    )
+
+
 def unit_name(instance_name: str) -> str:
     """``chatterbox-tts-gpu0.service`` for ``gpu0``."""
     return f"chatterbox-tts-{instance_name}.service"
+
+
+def instance_name(unit: str) -> str | None:
+    """``gpu0`` for ``chatterbox-tts-gpu0.service``; ``None`` for a unit that is no instance."""
+    found = _INSTANCE_UNIT.fullmatch(unit)
+    return None if found is None or unit == NODES_UNIT else found[1]
 
 
 def quote(text: str) -> str:

@@ -22,17 +22,35 @@ def shipped() -> Path:
     return inside if inside.is_dir() else _PACKAGE.parents[1]
 
 
+def read_own(folder: Path) -> dict[str, str]:
+    """An operator's own templates by name.
+
+    Raises:
+        TemplateError: there are none, or one cannot be read.
+    """
+    try:
+        found = {
+            f"{kind}/{path.name}": path.read_text(encoding="utf-8")
+            for kind in ("units", "nginx")
+            for path in sorted((folder / kind).glob("*.j2"))
+        }
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"cannot read templates in {folder}: {error}"
+        raise TemplateError(msg) from None
+    if not any((folder / kind).is_dir() for kind in ("units", "nginx")):
+        msg = f"cannot use templates in {folder}: it holds neither units/ nor nginx/"
+        raise TemplateError(msg)
+    return found
+
+
 class Templates:
     """Templates by the name they have below ``units/`` and ``nginx/``."""
 
-    def __init__(self, own: Path | None = None) -> None:
-        """Look in ``own`` first; a template that is missing there comes from the package."""
-        if own is not None and not any((own / folder).is_dir() for folder in ("units", "nginx")):
-            msg = f"cannot use templates in {own}: it holds neither units/ nor nginx/"
-            raise TemplateError(msg)
-        folders = [shipped()] if own is None else [own, shipped()]
+    def __init__(self, own: Mapping[str, str] | None = None) -> None:
+        """Texts in ``own`` come first; a template that is missing there comes from the package."""
+        self.own = dict(own or {})
         self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(folders),
+            loader=jinja2.ChoiceLoader([jinja2.DictLoader(self.own), jinja2.FileSystemLoader(shipped())]),
             undefined=jinja2.StrictUndefined,
             autoescape=False,  # noqa: S701  unit files and nginx configuration are not HTML; quoting is by filter
             trim_blocks=True,

@@ -172,8 +172,25 @@ REJECTED = [
     (
         ONE_GPU + "[server]\nrecycle_gpu_mb = 255\nrecycle_host_mb = -1",
         [
-            "server.recycle_gpu_mb: should be 0 (never) or at least 256, got 255",
+            "server.recycle_gpu_mb: should be 0 (none) or at least 256, got 255",
             "server.recycle_host_mb: input should be greater than or equal to 0, got -1",
+        ],
+    ),
+    (
+        ONE_GPU + "[unit]\nmemory_max_mb = 1\nrecycle_after_h = -1\nrecycle_memory_mb = 10_000_001",
+        [
+            "unit.memory_max_mb: should be 0 (none) or at least 256, got 1",
+            "unit.recycle_after_h: input should be greater than or equal to 0, got -1",
+            "unit.recycle_memory_mb: input should be less than or equal to 10000000, got 10000001",
+        ],
+    ),
+    (
+        ONE_GPU + "[server]\nrecycle_host_mb = 9000\n[unit]\nmemory_max_mb = 8000\nrecycle_memory_mb = 8000",
+        [
+            "server.recycle_host_mb: should be below unit.memory_max_mb, 8000, where the kernel kills an instance, "
+            "got 9000",
+            "unit.recycle_memory_mb: should be below unit.memory_max_mb, 8000, where the kernel kills an instance, "
+            "got 8000",
         ],
     ),
     (ONE_GPU + "[server]\napi_keys_file = 'keys'", [f"server.api_keys_file: {PATH}, got 'keys'"]),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 
 from chatterbox_deploy import config, fleet
+from chatterbox_deploy.errors import UnknownInstance
 from support import fleets
 
 
@@ -95,6 +97,19 @@ def test_a_crash_loop_is_noticed_when_every_start_takes_a_minute_to_fail() -> No
     assert service.restart_window_s == 4 * (60 + 30)
 
 
+def test_memory_and_age_have_no_limit_unless_one_is_given() -> None:
+    free = resolve("[gpus]\n0 = 6093").service
+    bounded = resolve(
+        "[gpus]\n0 = 6093\n[unit]\nmemory_max_mb = 8000\nrecycle_after_h = 24\nrecycle_memory_mb = 6000"
+    ).service
+
+    assert (free.memory_max_bytes, free.recycle_after_h, free.recycle_memory_mb) == (None, None, None)
+    assert not free.recycles
+    assert bounded.memory_max_bytes == 8_000_000_000
+    assert (bounded.recycle_after_h, bounded.recycle_memory_mb) == (24, 6000)
+    assert bounded.recycles
+
+
 def test_an_operators_variable_overrides_a_default() -> None:
     (instance,) = resolve("[gpus]\n0 = 6093\n[server.environment]\nOMP_NUM_THREADS = '8'").instances
 
@@ -108,3 +123,50 @@ def test_every_instance_has_a_name_a_port_and_gpus_of_its_own(table: dict[str, A
     assert len({instance.name for instance in instances}) == len(instances)
     assert len({instance.port for instance in instances}) == len(instances)
     assert set(table["gpus"]) == {",".join(instance.gpus) for instance in instances}
+
+
+FOUND = [
+    ("0", ["gpu0"]),
+    ("gpu0", ["gpu0"]),
+    ("GPU0", ["gpu0"]),
+    ("1", ["gpu1-a", "gpu1-b"]),
+    ("gpu1", ["gpu1-a", "gpu1-b"]),
+    ("gpu1-b", ["gpu1-b"]),
+    ("2", ["gpu2-gpu3"]),
+    ("gpu3", ["gpu2-gpu3"]),
+    ("2,3", ["gpu2-gpu3"]),
+    ("gpu2-gpu3", ["gpu2-gpu3"]),
+    ("gpu-8f3c2a1b", ["gpu-8f3c2a1b"]),
+    ("GPU-8f3c2a1b-0000-4000-8000-00000000000a", ["gpu-8f3c2a1b"]),
+]
+
+
+@pytest.mark.parametrize(("who", "names"), FOUND)
+def test_an_instance_is_found_by_its_name_and_by_any_gpu_of_its_own(who: str, names: list[str]) -> None:
+    resolved = resolve("""
+[gpus]
+0 = 6093
+1 = [6094, 6096]
+GPU-8f3c2a1b-0000-4000-8000-00000000000a = 6097
+"2,3" = 6098
+""")
+
+    assert [instance.name for instance in fleet.find(resolved, who)] == names
+
+
+@pytest.mark.parametrize("who", ["7", "gpu7", "", "gpu", "0,1", "gpu1-c"])
+def test_an_instance_that_is_not_there_is_answered_with_those_that_are(who: str) -> None:
+    with pytest.raises(UnknownInstance) as caught:
+        fleet.find(resolve("[gpus]\n0 = 6093\n1 = [6094, 6096]"), who)
+
+    assert str(caught.value) == f"cannot find instance {who!r}; the fleet has gpu0, gpu1-a, gpu1-b"
+
+
+@given(fleets.fleet_tables())
+def test_any_name_finds_its_instance_alone_and_any_gpu_those_that_use_it(table: dict[str, Any]) -> None:
+    resolved = resolve(fleets.to_toml(table))
+
+    for instance in resolved.instances:
+        assert fleet.find(resolved, instance.name) == (instance,)
+        for gpu in instance.gpus:
+            assert fleet.find(resolved, gpu) == tuple(other for other in resolved.instances if gpu in other.gpus)

@@ -91,7 +91,7 @@ def test_every_way_to_install_us_renders_the_golden_files(
 def test_the_kit_alone_brings_neither_torch_nor_a_web_framework(kit_dependencies: Path) -> None:
     linked = {path.name for path in kit_dependencies.iterdir()}
 
-    assert linked >= {"click", "jinja2", "pydantic"}
+    assert linked >= {"click", "jinja2", "pydantic", "rich"}
     assert not linked & {"chatterbox", "fastapi", "numpy", "av", "starlette", "torch", "uvicorn"}
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from chatterbox_deploy import config, fleet, render, systemd
 from chatterbox_deploy.errors import TemplateError
 from chatterbox_deploy.host import LocalHost
-from chatterbox_deploy.templates import Templates
+from chatterbox_deploy.templates import Templates, read_own
 from support import fleets, golden
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(SHIPPED_UNITS, root / "usr/lib/systemd/system", symlinks=True)
     (root / "lib").symlink_to("usr/lib")
-    for program in ("bin/sh", "bin/kill", "usr/bin/systemctl"):
+    for program in ("bin/sh", "bin/kill", "usr/bin/env", "usr/bin/systemctl"):
         place_program(root, f"/{program}")
     return root
 
@@ -92,7 +92,7 @@ def test_every_unit_is_hardened_as_far_as_cuda_allows(case: str, tmp_path: Path)
     LocalHost(tmp_path).write_files(golden.render_case(case))
     for unit in sorted((tmp_path / "etc/systemd/system").glob("*.service")):
         said = subprocess.run(
-            ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=25", unit],
+            ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=30", unit],
             capture_output=True,
             text=True,
             check=False,
@@ -101,7 +101,8 @@ def test_every_unit_is_hardened_as_far_as_cuda_allows(case: str, tmp_path: Path)
 
         assert exposure is not None, said.stderr
         assert said.returncode == 0, f"{unit.name}: {exposure[1]}"
-        assert float(exposure[1]) <= 2.5
+        # Recycling is root's work: nginx's files, other processes' environments, systemd.
+        assert float(exposure[1]) <= (3.0 if unit.name == systemd.RECYCLE_UNIT else 2.5)
 
 
 FORBIDDEN = ("PrivateDevices=yes", "MemoryDenyWriteExecute=yes", "ProcSubset=pid", "Requires=", "BindsTo=")
@@ -128,6 +129,7 @@ def test_any_valid_fleet_renders_the_same_twice_and_has_a_unit_per_instance(tabl
         systemd.TARGET,
         systemd.FRONT_UNIT,
         *([systemd.NODES_UNIT] if resolved.service.uses_gpu else []),
+        *([systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER] if resolved.service.recycles else []),
         render.FRONT_PATH.name,
     }
     target = next(file.text for file in files if file.path.name == systemd.TARGET)
@@ -178,7 +180,7 @@ def test_the_operators_own_template_replaces_ours_and_the_rest_stay(tmp_path: Pa
     (tmp_path / "units").mkdir()
     (tmp_path / "units/chatterbox-tts.target.j2").write_text("{{ header }}\n# {{ fleet.instances | length }} of mine\n")
 
-    files = render.render(golden.resolve("two-gpus"), Templates(tmp_path), source=golden.SOURCE)
+    files = render.render(golden.resolve("two-gpus"), Templates(read_own(tmp_path)), source=golden.SOURCE)
 
     changed = {file.path.name for file in files if golden.on_disk("two-gpus")[file.path] != file.text}
     assert changed == {"chatterbox-tts.target"}
@@ -201,9 +203,9 @@ def test_a_broken_template_is_named_with_its_line(text: str, said: str, tmp_path
     (tmp_path / "units/chatterbox-tts.target.j2").write_text(text)
 
     with pytest.raises(TemplateError, match=said):
-        render.render(golden.resolve("one-gpu"), Templates(tmp_path), source=golden.SOURCE)
+        render.render(golden.resolve("one-gpu"), Templates(read_own(tmp_path)), source=golden.SOURCE)
 
 
 def test_a_directory_without_templates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match="holds neither units/ nor nginx/"):
-        Templates(tmp_path)
+        Templates(read_own(tmp_path))

@@ -54,6 +54,24 @@ def test_systemd_accepts_what_was_quoted(text: str, tmp_path: Path) -> None:
     assert said.stderr == ""
 
 
+def test_the_journal_is_asked_for_one_unit_plainly_and_for_several_with_their_names() -> None:
+    assert systemd.journal_argv(["a.service"], lines=100) == (
+        "journalctl",
+        "--no-pager",
+        "--lines=100",
+        "--unit=a.service",
+    )
+    assert systemd.journal_argv(["a.service", "b.service"], since="-10min", follow=True) == (
+        "journalctl",
+        "--no-pager",
+        "--output=with-unit",
+        "--since=-10min",
+        "--follow",
+        "--unit=a.service",
+        "--unit=b.service",
+    )
+
+
 @pytest.mark.parametrize(
     ("server", "answer"),
     [

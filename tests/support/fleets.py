@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
+
+from chatterbox_deploy import config, fleet
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn
@@ -47,7 +50,7 @@ def gpu_tables(draw: DrawFn) -> dict[str, int | list[int]]:
 
 
 _VOICES = st.text("abcXYZ019_-", min_size=1, max_size=64)
-_RECYCLES = st.just(0) | st.integers(256, 10_000_000)
+_MEMORIES = st.just(0) | st.integers(256, 10_000_000)
 
 _OUR_SERVER = st.fixed_dictionaries(
     {},
@@ -69,8 +72,8 @@ _OUR_SERVER = st.fixed_dictionaries(
         "aliases": st.dictionaries(_VOICES, _VOICES, max_size=3),
         "api_keys_file": _PATHS,
         "cors_origins": st.lists(st.sampled_from(["*", "https://chat.example", "http://[::1]:3000"]), max_size=3),
-        "recycle_gpu_mb": _RECYCLES,
-        "recycle_host_mb": _RECYCLES,
+        "recycle_gpu_mb": _MEMORIES,
+        "recycle_host_mb": _MEMORIES,
         "cpu_threads": st.integers(1, 256),
         "environment": st.dictionaries(st.sampled_from(["HF_ENDPOINT", "LC_ALL", "X_1"]), _WORDS),
     },
@@ -91,6 +94,9 @@ _UNIT = st.fixed_dictionaries(
         "watchdog_s": st.integers(5, 3600),
         "restart_delay_s": st.integers(1, 3600),
         "restart_limit": st.integers(1, 1000),
+        "memory_max_mb": _MEMORIES,
+        "recycle_after_h": st.integers(0, 8760),
+        "recycle_memory_mb": _MEMORIES,
     },
 )
 
@@ -119,6 +125,10 @@ def fleet_tables(draw: DrawFn) -> dict[str, Any]:
                 table["server"].pop(key, None)
     if draw(st.booleans()):
         table["unit"] = draw(_UNIT)
+        recycles = (table.get("server", {}).get("recycle_host_mb"), table["unit"].get("recycle_memory_mb"))
+        if max(filter(None, recycles), default=0) >= table["unit"].get("memory_max_mb", 0):
+            # It would be killed before.
+            table["unit"].pop("memory_max_mb", None)
     return table
 
 
@@ -157,3 +167,100 @@ def broken_tables(draw: DrawFn) -> dict[str, Any]:
     )
     table[section] = {**table[section], key: draw(_ANYTHING)}
     return table
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a host has, and what it is to have."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    drained: tuple[str, ...] = ()
+    """Instances of ``before`` that an operator took out of the front."""
+
+    max_unavailable: int = 1
+
+
+_FEW_PORTS = range(6100, 6108)
+_OWN_SERVER = {"command": ["/programs/serve", "--port={port}"]}
+
+
+@st.composite
+def _small_gpu_tables(draw: DrawFn) -> dict[str, int | list[int]]:
+    """Few GPUs and few ports, so that two of them get in each other's way."""
+    gpus = draw(st.lists(st.sampled_from("0123"), min_size=1, max_size=4, unique=True))
+    keys = gpus if draw(st.integers(0, 3)) else [",".join(gpus[:2]), *gpus[2:]]
+    ports = draw(st.permutations(_FEW_PORTS))
+    table: dict[str, int | list[int]] = {}
+    for number, key in enumerate(keys):
+        replicas = draw(st.sampled_from([1, 1, 2]))
+        table[key] = ports[2 * number] if replicas == 1 else list(ports[2 * number : 2 * number + 2])
+    return table
+
+
+def _with_ports(gpus: dict[str, int | list[int]], ports: list[int]) -> dict[str, int | list[int]]:
+    left = iter(ports)
+    return {key: [next(left) for _ in old] if isinstance(old, list) else next(left) for key, old in gpus.items()}
+
+
+def _ports_of(gpus: dict[str, int | list[int]]) -> list[int]:
+    return [port for ports in gpus.values() for port in (ports if isinstance(ports, list) else [ports])]
+
+
+@st.composite
+def _edited(draw: DrawFn, gpus: dict[str, int | list[int]]) -> dict[str, int | list[int]]:
+    """One thing that an operator does to ``[gpus]``."""
+    ports = _ports_of(gpus)
+    spare = [port for port in _FEW_PORTS if port not in ports]
+    free = [gpu for gpu in "01234" if not any(gpu in key.split(",") for key in gpus)]
+    edit = draw(st.sampled_from(["add", "remove", "permute", "rotate", "move", "replicas", "reorder", "anew"]))
+    key = draw(st.sampled_from(sorted(gpus)))
+    match edit:
+        case "add" if free and spare:
+            return {**gpus, draw(st.sampled_from(free)): draw(st.sampled_from(spare))}
+        case "remove" if len(gpus) > 1:
+            return {other: port for other, port in gpus.items() if other != key}
+        case "permute":
+            return _with_ports(gpus, draw(st.permutations(ports)))
+        case "rotate":
+            return _with_ports(gpus, [*ports[1:], ports[0]])
+        case "move" if spare:
+            return _with_ports(gpus, [*ports[1:], draw(st.sampled_from(spare))])
+        case "replicas":
+            held = _ports_of({key: gpus[key]})
+            return {**gpus, key: held[-1] if len(held) > 1 else draw(st.permutations([*held, *spare[:1]]))}
+        case "reorder":
+            return dict(draw(st.permutations(list(gpus.items()))))
+        case _:
+            return draw(_small_gpu_tables())
+
+
+_SETTINGS: dict[str, Any] = {
+    "nginx": {"listen": "127.0.0.1:7000", "max_upload_mb": 30},
+    "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": "50% \"more\""}, "cpu_threads": 3},
+    "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20},
+}
+
+
+@st.composite
+def related_pairs(draw: DrawFn) -> Pair:
+    """Two fleets of which the second is what became of the first after an edit or a few."""
+    before: dict[str, Any] = {"gpus": draw(_small_gpu_tables())}
+    if draw(st.integers(0, 4)) == 0:
+        before["server"] = _OWN_SERVER
+    after = dict(before)
+    for _ in range(draw(st.integers(1, 3))):
+        section = draw(st.sampled_from(["gpus", "gpus", "gpus", "nginx", "server", "unit", "command"]))
+        if section == "gpus":
+            after["gpus"] = draw(_edited(after["gpus"]))
+        elif section == "command":
+            after["server"] = {} if "command" in after.get("server", {}) else _OWN_SERVER
+        else:
+            own = section == "server" and "command" in after.get("server", {})
+            key = draw(st.sampled_from(["cpu_threads", "environment"] if own else sorted(_SETTINGS[section])))
+            after[section] = {**after.get(section, {}), key: _SETTINGS[section][key]}
+    if draw(st.booleans()):
+        before, after = after, before
+    names = [instance.name for instance in fleet.resolve(config.load(to_toml(before), source="f")).instances]
+    drained = draw(st.lists(st.sampled_from(names), max_size=1)) if draw(st.integers(0, 3)) == 0 else []
+    return Pair(before, after, tuple(drained), draw(st.sampled_from([1, 1, 2, 3])))

@@ -88,5 +88,7 @@ def install_python(sandbox: Sandbox) -> None:
         printf '/opt/src\\n/opt/site-packages\\n' > lib/{version}/site-packages/checkout.pth
         echo /opt/python/lib > /etc/ld.so.conf.d/python.conf && ldconfig
         rm -f /etc/nginx/sites-enabled/default
+        printf '#!/bin/sh\\nexec {PYTHON} -m chatterbox_deploy "$@"\\n' > /usr/local/bin/chatterbox-deploy
+        chmod +x /usr/local/bin/chatterbox-deploy
         """,
     )

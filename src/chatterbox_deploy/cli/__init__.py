@@ -8,8 +8,15 @@ from typing import Any
 import click
 
 from chatterbox_deploy import __version__
+from chatterbox_deploy.cli.drain import drain_command, undrain_command
+from chatterbox_deploy.cli.logs import logs_command
+from chatterbox_deploy.cli.plan import apply_command, plan_command
 from chatterbox_deploy.cli.render import render_command
+from chatterbox_deploy.cli.rollout import history_command, recycle_command, rollback_command, rollout_command
 from chatterbox_deploy.cli.schema import schema_command
+from chatterbox_deploy.cli.service import restart_command, start_command, stop_command
+from chatterbox_deploy.cli.status import status_command
+from chatterbox_deploy.cli.uninstall import uninstall_command
 from chatterbox_deploy.cli.up import up_command
 from chatterbox_deploy.errors import DeployError
 
@@ -53,5 +60,19 @@ def main() -> None:
 
 
 main.add_command(render_command)
+main.add_command(plan_command)
+main.add_command(apply_command)
+main.add_command(rollout_command)
+main.add_command(rollback_command)
+main.add_command(history_command)
+main.add_command(drain_command)
+main.add_command(undrain_command)
+main.add_command(recycle_command)
+main.add_command(uninstall_command)
 main.add_command(up_command)
+main.add_command(status_command)
+main.add_command(logs_command)
+main.add_command(start_command)
+main.add_command(stop_command)
+main.add_command(restart_command)
 main.add_command(schema_command)

@@ -7,14 +7,29 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import config
+from chatterbox_deploy import config, deploy, fleet
 from chatterbox_deploy.errors import CommandFailed, FleetFileError
 from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.templates import Templates, read_own
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.fleet import Fleet, Instance
 
 FLEET = click.argument("fleet_file", metavar="[FLEET]", type=click.Path(path_type=Path), default=Path("fleet.toml"))
+FLEET_OPTION = click.option(
+    "--fleet",
+    "fleet_file",
+    type=click.Path(path_type=Path),
+    default=Path("fleet.toml"),
+    show_default=True,
+    help="The fleet file.",
+)
+INSTANCES = click.argument("who", metavar="[N]...", nargs=-1)
+"""Instances by name or by GPU: ``0``, ``gpu0``, ``gpu1-a``; nothing is all of them."""
+
 TEMPLATES = click.option(
     "--templates",
     "own_templates",
@@ -23,11 +38,54 @@ TEMPLATES = click.option(
 )
 
 
+def templates(folder: Path | None) -> Templates:
+    """The shipped templates, behind the operator's own.
+
+    Raises:
+        TemplateError: there are none in the folder.
+    """
+    return Templates(None if folder is None else read_own(folder))
+
+
+def find_instances(resolved: Fleet, who: Sequence[str]) -> tuple[Instance, ...]:
+    """Those that the command line names, each once; all of the fleet if it names none.
+
+    Raises:
+        UnknownInstance: it names one that the fleet has not got.
+    """
+    if not who:
+        return resolved.instances
+    named = {instance.name for one in who for instance in fleet.find(resolved, one)}
+    return tuple(instance for instance in resolved.instances if instance.name in named)
+
+
+def blueprint(host: LocalHost, fleet_file: Path, own_templates: Path | None) -> deploy.Blueprint:
+    """What the command line asks of a host; the fleet file is right.
+
+    Raises:
+        FleetFileError: it is not there, or it is wrong.
+        TemplateError: there are no templates in the folder.
+    """
+    text = read_text(fleet_file)
+    config.load(text, source=str(fleet_file))
+    own = {} if own_templates is None else read_own(own_templates)
+    return deploy.blueprint(host, source=str(fleet_file.resolve()), fleet_toml=text, templates=own)
+
+
 def read_fleet(fleet_file: Path) -> FleetConfig:
     """The fleet file's contents, checked.
 
     Raises:
         FleetFileError: it is not there, or it is wrong.
+    """
+    return config.load(read_text(fleet_file), source=str(fleet_file))
+
+
+def read_text(fleet_file: Path) -> str:
+    """The fleet file's contents.
+
+    Raises:
+        FleetFileError: it is not there, or it is no text.
     """
     try:
         content = LocalHost().read_bytes(PurePosixPath(fleet_file.absolute()))
@@ -35,7 +93,7 @@ def read_fleet(fleet_file: Path) -> FleetConfig:
             problem = "no such file; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"
             raise FleetFileError(str(fleet_file), [problem])
         # Some editors put a byte order mark before the first letter.
-        return config.load(content.decode("utf-8-sig"), source=str(fleet_file))
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         problem = f"not UTF-8, as TOML must be: byte {error.start + 1} is 0x{error.object[error.start]:02x}"
         raise FleetFileError(str(fleet_file), [problem]) from None

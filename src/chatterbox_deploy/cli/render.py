@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import fleet, observe, plan, render, systemd
+from chatterbox_deploy import deploy, difference, observe, render, systemd
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import ForeignFile
 from chatterbox_deploy.host import LocalHost
-from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
+    from chatterbox_deploy.difference import Changes
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.plan import Changes
 
 
 @click.command("render")
@@ -44,14 +44,10 @@ def render_command(
 
     Files that carry our header are ours to replace; any other file in their place is refused.
     """
-    resolved = fleet.resolve(arguments.read_fleet(fleet_file))
-    wanted = render.render(
-        resolved,
-        Templates(own_templates),
-        source=str(fleet_file.resolve()),
-    )
     host = LocalHost(output)
-    changes = plan.compare(wanted, observe.files(host, wanted))
+    asked = deploy.want(arguments.blueprint(host, fleet_file, own_templates))
+    resolved, wanted = asked.fleet, asked.files
+    changes = difference.compare(wanted, observe.files(host, wanted))
     dry_run = check or diff
     if not dry_run:
         _refuse_foreign(host, changes)
@@ -63,7 +59,7 @@ def render_command(
             click.echo("".join(change.diff() for change in changes.to_write), nl=False)
         _tell(host, changes, done=not dry_run)
         if not dry_run:
-            _tell_next(host, output, changes)
+            _tell_next(host, output, changes, fleet_file)
             _tell_missing_keys(host, resolved)
     if dry_run and changes:
         raise SystemExit(1)
@@ -105,13 +101,11 @@ def _tell(host: LocalHost, changes: Changes, *, done: bool) -> None:
 
 
 def _removal(host: LocalHost, path: PurePosixPath) -> str:
-    """The command that takes a stale file away, stopping its unit first where it is installed."""
-    remove = f"rm {host.at(path)}"
-    installed = host.at(path) == Path(path) and path.parent == render.UNIT_DIR
-    return f"systemctl stop {path.name}; {remove}" if installed else remove
+    """The command that takes a stale file away; where it is installed its unit has to be stopped first."""
+    return "chatterbox-deploy apply removes it" if host.at(path) == Path(path) else f"rm {host.at(path)}"
 
 
-def _tell_next(host: LocalHost, output: Path, changes: Changes) -> None:
+def _tell_next(host: LocalHost, output: Path, changes: Changes, fleet_file: Path) -> None:
     if not changes.to_write:
         return
     if host.at(render.UNIT_DIR) != Path(render.UNIT_DIR):
@@ -121,19 +115,7 @@ def _tell_next(host: LocalHost, output: Path, changes: Changes) -> None:
     elif all(change.before is None for change in changes.to_write):
         click.echo(f"next: systemctl enable --now {systemd.TARGET}", err=True)
     else:
-        click.echo(f"next: {' && '.join(_commands(changes))}", err=True)
-
-
-def _commands(changes: Changes) -> list[str]:
-    """What puts written files into effect on a running fleet: one instance after the other, each until it is ready."""
-    names = [change.file.path.name for change in changes.to_write if change.before is not None]
-    instances = [name for name in names if name.endswith(".service") and name != systemd.FRONT_UNIT]
-    return [
-        "systemctl daemon-reload",
-        *(f"systemctl restart {name}" for name in instances),
-        f"systemctl start {systemd.TARGET}",
-        f"systemctl restart {systemd.FRONT_UNIT}",
-    ]
+        click.echo(f"next: chatterbox-deploy apply {shlex.quote(str(fleet_file))}", err=True)
 
 
 def _tell_missing_keys(host: LocalHost, resolved: Fleet) -> None:

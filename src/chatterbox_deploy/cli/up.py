@@ -18,7 +18,6 @@ from chatterbox_deploy import fleet, render, up
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
-from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +48,7 @@ def up_command(*, fleet_file: Path, own_templates: Path | None) -> None:
         resolved = fleet.resolve(_run_here(arguments.read_fleet(fleet_file)), _places(runtime_dir))
         files = render.render_foreground(
             resolved,
-            Templates(own_templates),
+            arguments.templates(own_templates),
             source=str(fleet_file.absolute()),
             prefix=PurePosixPath(runtime_dir),
             worker_user="root" if os.geteuid() == 0 else None,

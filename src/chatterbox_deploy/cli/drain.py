@@ -1,0 +1,42 @@
+"""``chatterbox-deploy drain`` and ``chatterbox-deploy undrain``."""
+
+from __future__ import annotations
+
+import click
+
+from chatterbox_deploy import deploy, fleet, ledger
+from chatterbox_deploy.cli import telling
+from chatterbox_deploy.host import LocalHost
+
+
+@click.command("drain")
+@click.argument("instance", metavar="N")
+def drain_command(*, instance: str) -> None:
+    """Take N out of the front, and wait until it has finished: a GPU (1) or an instance (gpu1-a).
+
+    \b
+        sudo chatterbox-deploy drain 1
+        sudo chatterbox-deploy undrain 1
+
+    It runs on and answers on its own port; `apply` and `rollout` leave it out of the front.
+    """
+    _set(instance, drained=True)
+
+
+@click.command("undrain")
+@click.argument("instance", metavar="N")
+def undrain_command(*, instance: str) -> None:
+    """Put N back into the front.
+
+    \b
+        sudo chatterbox-deploy undrain 1
+    """
+    _set(instance, drained=False)
+
+
+def _set(instance: str, *, drained: bool) -> None:
+    host = LocalHost()
+    with ledger.lock(host):
+        chosen = [found.name for found in fleet.find(deploy.want(deploy.current(host)).fleet, instance)]
+        deploy.drain(host, chosen, telling.author(), telling.progress(1 + len(chosen)), drained=drained)
+    click.echo(f"{', '.join(chosen)}: {'drained' if drained else 'back in service'}", err=True)

@@ -1,0 +1,100 @@
+"""How plans and their progress read. Prints; decides nothing."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from chatterbox_deploy.deploy import Author
+from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.steps import ShowFront, WriteFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chatterbox_deploy.plan import Plan
+    from chatterbox_deploy.steps import Step
+
+
+def author() -> Author:
+    """Who types, also behind sudo, and what."""
+    who = os.environ.get("SUDO_USER") or getpass.getuser()
+    return Author(who, " ".join(["chatterbox-deploy", *sys.argv[1:]]))
+
+
+def show(plan: Plan) -> None:
+    """The plan for people: what changes and why, then the steps in their order.
+
+    Raises:
+        CommandFailed: it cannot be carried out; every reason at once.
+    """
+    refuse(plan)
+    if not plan.steps:
+        click.echo("nothing to do: the host is as the fleet file says")
+        return
+    click.echo("".join(change.diff() for change in plan.changed_files()), nl=False)
+    for path in plan.removed_files():
+        click.echo(f"removed  {path}")
+    for line in why(plan):
+        click.echo(line)
+    digits = len(str(len(plan.steps)))
+    click.echo("\n".join(f"{number:>{digits}}. {step}" for number, step in enumerate(plan.steps, 1)))
+
+
+def why(plan: Plan) -> list[str]:
+    """Which instances start, restart or stop, with the reason of each; and what else one ought to know."""
+    width = max((len(name) for name, _ in plan.reasons), default=0)
+    return [
+        *(f"{name:<{width}}  {reason}" for name, reason in plan.reasons),
+        *(f"note: {note}" for note in plan.notes),
+    ]
+
+
+def refuse(plan: Plan) -> None:
+    """Nothing is begun that would stop halfway.
+
+    Raises:
+        CommandFailed: every reason at once.
+    """
+    if plan.problems:
+        raise CommandFailed("\n  ".join(["cannot do this; nothing was changed:", *plan.problems]))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "changes": bool(plan),
+        "reasons": [{"instance": name, "why": why} for name, why in plan.reasons],
+        "notes": list(plan.notes),
+        "problems": list(plan.problems),
+        "files": [
+            {
+                "path": str(change.file.path),
+                "action": "created" if change.before is None else "changed",
+                "diff": change.diff(),
+            }
+            for change in plan.changed_files()
+        ]
+        + [{"path": str(path), "action": "removed", "diff": None} for path in plan.removed_files()],
+        "steps": [{"kind": type(step).__name__, "says": str(step), "writes": _writes(step)} for step in plan.steps],
+    }
+
+
+def _writes(step: Step) -> list[str]:
+    return [str(change.file.path) for change in step.changes] if isinstance(step, WriteFiles | ShowFront) else []
+
+
+def progress(total: int) -> Callable[[int, Step], None]:
+    """Each step on a line of its own on standard error, with the seconds since the first."""
+    begun_s = time.monotonic()
+
+    def tell(number: int, step: Step) -> None:
+        of = f"/{total}" if number <= total else ""
+        click.echo(f"[{number}{of} {time.monotonic() - begun_s:6.1f} s] {step}", err=True)
+
+    return tell

@@ -1,0 +1,534 @@
+"""What an operator wants to know of a fleet: a row an instance, and what is wrong in words. Decides; asks nobody."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from chatterbox_deploy import nginx, render, systemd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pathlib import PurePosixPath
+
+    from chatterbox_deploy.fleet import Fleet, Instance, Upstream
+    from chatterbox_deploy.render import RenderedFile
+    from chatterbox_deploy.systemd import Mark
+
+NGINX_UNIT = "nginx.service"
+
+APPLY = "chatterbox-deploy apply"
+
+PROPERTIES = (
+    "Id", "LoadState", "ActiveState", "SubState", "Result", "NRestarts", "MainPID", "InvocationID", "ExecMainStatus",
+    "MemoryCurrent", "ActiveEnterTimestampMonotonic", "NeedDaemonReload", "UnitFileState",
+)  # fmt: skip
+"""What to ask ``systemctl show`` for (org.freedesktop.systemd1(5))."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What systemd tells of a unit."""
+
+    load: str = "not-found"
+    active: str = "inactive"
+    sub: str = "dead"
+    result: str = "success"
+    file_state: str = ""
+    """``enabled``, ``static``, …; empty where there is no file."""
+
+    restarts: int | None = None
+    main_pid: int | None = None
+    exit_status: int | None = None
+    """Of the last process that ended."""
+
+    memory_bytes: int | None = None
+    active_at_s: float | None = None
+    """On the host's monotonic clock (CLOCK_MONOTONIC)."""
+
+    invocation_id: str = ""
+    needs_reload: bool = False
+    """Whether its file changed after systemd had read it."""
+
+
+def read_unit(properties: Mapping[str, str]) -> Unit:
+    """One unit as ``systemctl show`` printed it; a number that is ``[not set]``, or 0 where 0 means none, is None."""
+
+    def number(name: str) -> int | None:
+        text = properties.get(name, "")
+        return int(text) if text.isdigit() else None
+
+    entered_us = number("ActiveEnterTimestampMonotonic")
+    return Unit(
+        load=properties.get("LoadState", ""),
+        active=properties.get("ActiveState", ""),
+        sub=properties.get("SubState", ""),
+        result=properties.get("Result", ""),
+        file_state=properties.get("UnitFileState", ""),
+        restarts=number("NRestarts"),
+        main_pid=number("MainPID") or None,
+        exit_status=number("ExecMainStatus"),
+        memory_bytes=number("MemoryCurrent"),
+        active_at_s=entered_us / 1e6 if entered_us else None,
+        invocation_id=properties.get("InvocationID", ""),
+        needs_reload=properties.get("NeedDaemonReload") == "yes",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What a server of ours says of itself at ``/readyz``."""
+
+    ready: bool
+    draining: bool
+    waiting: int | None
+    running: int | None
+    spoken: int | None
+    gpu_memory_bytes: int | None
+    """Held by its process, as of its last utterance."""
+
+    invocation_id: str | None
+
+
+def read_readiness(body: bytes) -> Readiness | None:
+    """What ``/readyz`` answered; ``None`` if no server of ours speaks so."""
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or not isinstance(said.get("ready"), bool):
+        return None
+
+    def number(value: object) -> int | None:
+        return value if isinstance(value, int) else None
+
+    memory = said.get("gpu_memory")
+    life = said.get("invocation_id")
+    return Readiness(
+        ready=said["ready"],
+        draining=said.get("draining") is True,
+        waiting=number(said.get("waiting")),
+        running=number(said.get("running")),
+        spoken=number(said.get("spoken")),
+        gpu_memory_bytes=number(memory.get("reserved_bytes")) if isinstance(memory, dict) else None,
+        invocation_id=life if isinstance(life, str) else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a host told when it was asked."""
+
+    units: Mapping[str, Unit] | None
+    """By name; ``None`` where no systemd answers."""
+
+    texts: Mapping[PurePosixPath, str | None]
+    """Of files that are wanted or have a name that we give to files; ``None`` is not there, and a path that is
+    missing here could not be read."""
+
+    running: Mapping[str, Mark | None] = field(default_factory=dict)
+    """By unit: the mark in its process's environment, where that could be read; ``None`` where it has none."""
+
+    readiness: Mapping[str, Readiness | None] = field(default_factory=dict)
+    """By instance that was asked; ``None`` where nobody of ours answered."""
+
+    front_answers: bool | None = None
+    """Whether the front's address answers; ``None`` if it was not asked."""
+
+    monotonic_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One instance, or one that the fleet file no longer names. ``None`` is unknown, never 0."""
+
+    instance: str
+    gpus: tuple[str, ...] | None
+    port: int | None
+    unit: str | None
+    """``ActiveState/SubState`` as systemd has them, or ``not installed``."""
+
+    ready: str | None
+    """``ready``, ``draining``, ``not ready``, ``no answer``; ``None`` for a server that does not tell."""
+
+    waiting: int | None
+    running: int | None
+    spoken: int | None
+    restarts: int | None
+    active_s: float | None
+    memory_bytes: int | None
+    gpu_memory_bytes: int | None
+    front: str | None
+    """``serving``, ``drained``, ``not listed``."""
+
+    wrong: tuple[str, ...]
+
+    @property
+    def serves(self) -> bool:
+        """Whether it gets requests and would speak them, as far as can be known."""
+        active = self.unit is None or self.unit.startswith("active/")
+        return active and self.ready in {None, "ready"} and self.front in {None, "serving"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole fleet."""
+
+    rows: tuple[Row, ...]
+    nginx: str | None
+    """ActiveState of the host's nginx."""
+
+    listen: str
+    front_answers: bool | None
+    wrong: tuple[str, ...]
+    """What is wrong with no instance in particular."""
+
+    @property
+    def well(self) -> bool:
+        """Whether all is as the fleet file says."""
+        return not self.wrong and not any(row.wrong for row in self.rows)
+
+    def sentence(self) -> str:
+        """The fleet in one sentence."""
+        count, serving = len(self.rows), sum(row.serves for row in self.rows)
+        behind = f"behind {self.listen}"
+        who = f"{serving} of {count} instance{'s' * (count != 1)} serve{'s' * (serving == 1)} {behind}"
+        answers = {True: "the front answers", False: "the front does not answer", None: "the front was not asked"}
+        return f"{who}; nginx is {self.nginx or 'unknown'}, {answers[self.front_answers]}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs; sizes are bytes, times seconds."""
+        told = asdict(self)
+        return {"well": self.well, "instances": told.pop("rows"), **told}
+
+
+def instance_units(fleet: Fleet, texts: Mapping[PurePosixPath, str | None], loaded: Collection[str]) -> dict[str, str]:
+    """Name of the unit, by instance: of the fleet's, then of those that only the host still has."""
+    units = {instance.name: systemd.unit_name(instance.name) for instance in fleet.instances}
+    # A unit that runs though its file is gone is still ours: nobody else gives such names.
+    orphans = {unit for unit in loaded if texts.get(render.UNIT_DIR / unit) is None}
+    ours = {path.name for path, text in texts.items() if text is not None and render.is_ours(text)}
+    for unit in sorted(ours | orphans):
+        name = systemd.instance_name(unit)
+        if name is not None:
+            units.setdefault(name, unit)
+    return units
+
+
+def address(fleet: Fleet, found_text: str | None, running: Mark | None, name: str) -> tuple[str, int] | None:
+    """Where an instance listens: where its process says, where its unit on disk says, where the fleet file says."""
+    mark = running or systemd.find_mark(found_text or "")
+    if mark is not None:
+        return mark.host, mark.port
+    return next(((instance.host, instance.port) for instance in fleet.instances if instance.name == name), None)
+
+
+def report(
+    fleet: Fleet, wanted: Sequence[RenderedFile], found: Found, *, front: Callable[[Sequence[Upstream]], str]
+) -> Report:
+    """Compare what a host told with what the fleet file says.
+
+    ``front`` is the front's text with those behind it: whoever is drained there is no difference.
+    """
+    front_text = found.texts.get(render.FRONT_PATH)
+    listed = {upstream.name: upstream for upstream in nginx.find_upstreams(front_text or "")}
+    texts = {file.path.name: file.text for file in wanted}
+    instances = {instance.name: instance for instance in fleet.instances}
+    loaded = () if found.units is None else found.units
+    rows: list[Row] = []
+    for name, unit_name in instance_units(fleet, found.texts, loaded).items():
+        seen = _Seen(
+            fleet=fleet,
+            name=name,
+            unit_name=unit_name,
+            instance=instances.get(name),
+            unit=None if found.units is None else found.units.get(unit_name, Unit()),
+            path=render.UNIT_DIR / unit_name,
+            found=found,
+            wanted_text=texts.get(unit_name),
+            listed=listed.get(name),
+        )
+        rows.append(seen.row())
+    return Report(
+        rows=tuple(rows),
+        nginx=None if found.units is None else found.units.get(NGINX_UNIT, Unit()).active,
+        listen=fleet.front.listen,
+        front_answers=found.front_answers,
+        wrong=tuple(_wrong_with_the_fleet(fleet, _as_listed(wanted, front_text, front), found)),
+    )
+
+
+def _as_listed(
+    wanted: Sequence[RenderedFile], front_text: str | None, front: Callable[[Sequence[Upstream]], str]
+) -> list[RenderedFile]:
+    """``wanted`` with the front listing who it lists now: that is told row by row."""
+    if front_text is None:
+        return list(wanted)
+    text = front(nginx.find_upstreams(front_text))
+    return [replace(file, text=text) if file.path == render.FRONT_PATH else file for file in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """All that is known of one instance."""
+
+    fleet: Fleet
+    name: str
+    unit_name: str
+    instance: Instance | None
+    """``None`` for one that the fleet file does not name."""
+
+    unit: Unit | None
+    path: PurePosixPath
+    found: Found
+    wanted_text: str | None
+    listed: Upstream | None
+
+    def row(self) -> Row:
+        unit, readiness = self.unit, self._readiness()
+        place = address(self.fleet, self.found.texts.get(self.path), self.found.running.get(self.unit_name), self.name)
+        active = unit is not None and unit.active == "active"
+        return Row(
+            instance=self.name,
+            gpus=None if self.instance is None else self.instance.gpus,
+            port=None if place is None else place[1],
+            unit=self._state(),
+            ready=self._ready(),
+            waiting=None if readiness is None else readiness.waiting,
+            running=None if readiness is None else readiness.running,
+            spoken=None if readiness is None else readiness.spoken,
+            restarts=None if unit is None else unit.restarts if self._installed() else None,
+            active_s=(
+                self.found.monotonic_s - unit.active_at_s
+                if unit is not None and active and unit.active_at_s is not None
+                else None
+            ),
+            memory_bytes=None if unit is None else unit.memory_bytes,
+            gpu_memory_bytes=None if readiness is None else readiness.gpu_memory_bytes,
+            front=self._front(),
+            wrong=tuple(self._wrong()),
+        )
+
+    def _installed(self) -> bool:
+        return self.unit is not None and (self.unit.load != "not-found" or self.unit.active != "inactive")
+
+    def _state(self) -> str | None:
+        if self.unit is None:
+            return None if self.found.texts.get(self.path, "") is not None else "not installed"
+        return f"{self.unit.active}/{self.unit.sub}" if self._installed() else "not installed"
+
+    def _readiness(self) -> Readiness | None:
+        """What its own process says, not one that happens to have its port."""
+        return None if self._somebody_else() else self.found.readiness.get(self.name)
+
+    def _somebody_else(self) -> bool:
+        said = self.found.readiness.get(self.name)
+        return said is not None and self.unit is not None and said.invocation_id != self.unit.invocation_id
+
+    def _ready(self) -> str | None:
+        if self.name not in self.found.readiness:
+            return None
+        readiness = self._readiness()
+        if readiness is None:
+            return "no answer"
+        if readiness.draining:
+            return "draining"
+        return "ready" if readiness.ready else "not ready"
+
+    def _front(self) -> str | None:
+        if render.FRONT_PATH not in self.found.texts:
+            return None
+        if self.listed is None:
+            return "not listed"
+        return "drained" if self.listed.drained else "serving"
+
+    def _wrong(self) -> list[str]:
+        if self.instance is None:
+            return [f"the fleet file no longer names it: {APPLY}"]
+        if self._state() == "not installed":
+            return [f"not installed: {APPLY}"]
+        text = self.found.texts.get(self.path)
+        if text is not None and not render.is_ours(text):
+            return [f"{self.path} is not ours: move it away, then {APPLY}"]
+        return [*self._wrong_with_the_unit(), *self._wrong_with_the_process(), *self._wrong_with_the_front()]
+
+    def _wrong_with_the_unit(self) -> list[str]:
+        unit = self.unit
+        if unit is not None and unit.load == "masked":
+            return [f"masked: systemctl unmask {self.unit_name}"]
+        if self._outdated():
+            return [
+                f"runs an older unit: {APPLY}" if unit and unit.active == "active" else f"its unit is older: {APPLY}"
+            ]
+        if unit is not None and unit.needs_reload:
+            return ["systemd has not read its changed unit: systemctl daemon-reload"]
+        return []
+
+    def _outdated(self) -> bool:
+        """Whether its unit, on disk or as it was when the process started, is not what the fleet file asks for."""
+        wanted = self.wanted_text or ""
+        text = self.found.texts.get(self.path)
+        running = self.found.running
+        if text is not None and systemd.digest(text) != systemd.digest(wanted):
+            return True
+        return self.unit_name in running and running[self.unit_name] != systemd.find_mark(wanted)
+
+    def _wrong_with_the_process(self) -> list[str]:
+        unit = self.unit
+        log = f"`journalctl -u {self.unit_name}`"
+        if unit is None or unit.active == "active":
+            return self._wrong_with_the_answer(log)
+        if unit.active == "failed":
+            return [f"{self._failure(unit)}: {log}"]
+        if unit.active == "activating":
+            again = unit.restarts or 0
+            if again >= _LOOP:
+                return [f"crash loop, {_restarts(again)} so far: {log}"]
+            return [f"it ended, and starts again soon: {log}" if unit.sub == "auto-restart" else "it is starting"]
+        if unit.active == "deactivating":
+            return ["it is stopping"]
+        return [f"stopped: chatterbox-deploy start {self.name}"]
+
+    def _failure(self, unit: Unit) -> str:
+        if unit.exit_status is not None and unit.exit_status == self.fleet.service.config_error_status:
+            return "it refuses its settings"
+        if unit.restarts:
+            return f"crash loop, left down after {_restarts(unit.restarts)}"
+        return f"its unit is failed ({unit.result})"
+
+    def _wrong_with_the_answer(self, log: str) -> list[str]:
+        if self._somebody_else():
+            return [f"another process answers on its port: `ss -ltnp` shows which, {log}"]
+        return {
+            "no answer": [f"it does not answer: {log}"],
+            "not ready": [f"not ready, its engine is dead or stuck: {log}"],
+            "draining": ["it ends, and finishes what it began"],
+        }.get(self._ready() or "", [])
+
+    def _wrong_with_the_front(self) -> list[str]:
+        assert self.instance is not None  # noqa: S101  asked only of an instance in the fleet file
+        if self._front() == "drained":
+            return [f"drained: chatterbox-deploy undrain {self.name}"]
+        if self._front() == "not listed":
+            return [f"nginx does not list it: {APPLY}"]
+        if self.listed is not None and self.listed.port != self.instance.port:
+            return [f"nginx asks for it on port {self.listed.port}: {APPLY}"]
+        return []
+
+
+_LOOP = 3
+"""Restarts of a unit that is not active, from which on it is called a crash loop."""
+
+
+def _restarts(count: int) -> str:
+    return f"{count} restart{'s' * (count != 1)}"
+
+
+def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: Found) -> list[str]:
+    wrong: list[str] = []
+    if found.units is None:
+        wrong.append("no systemd answers here, so nothing is known of the units")
+    wrong += [f"{path} {how}: {APPLY}" for path, how in _outdated_files(fleet, wanted, found)]
+    if found.units is not None:
+        target, front = (found.units.get(name, Unit()) for name in (systemd.TARGET, NGINX_UNIT))
+        if target.load != "not-found" and target.file_state != "enabled":
+            wrong.append(f"nothing starts the fleet at boot: systemctl enable {systemd.TARGET}")
+        if front.active != "active":
+            wrong.append(f"nginx is {front.active}: `journalctl -u {NGINX_UNIT}`")
+        timer = found.units.get(systemd.RECYCLE_TIMER, Unit())
+        if fleet.service.recycles and timer.load != "not-found" and timer.active != "active":
+            wrong.append(f"nothing recycles the instances: systemctl start {systemd.RECYCLE_TIMER}")
+    if found.front_answers is False:
+        wrong.append(f"the front does not answer on {fleet.front.listen}: `journalctl -u {NGINX_UNIT}`")
+    return wrong
+
+
+def _outdated_files(fleet: Fleet, wanted: Sequence[RenderedFile], found: Found) -> list[tuple[PurePosixPath, str]]:
+    """Files that belong to no instance and are not as the fleet file says. Comments do not count."""
+    of_instances = {systemd.unit_name(instance.name) for instance in fleet.instances}
+    outdated: list[tuple[PurePosixPath, str]] = []
+    for file in wanted:
+        if file.path.name in of_instances or file.path not in found.texts:
+            continue
+        text = found.texts[file.path]
+        if text is None:
+            outdated.append((file.path, "is missing"))
+        elif not render.is_ours(text):
+            outdated.append((file.path, "is not ours; move it away, then"))
+        elif systemd.digest(text) != systemd.digest(file.text):
+            outdated.append((file.path, "is older than the fleet file"))
+    return outdated
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the table."""
+
+    title: str
+    cell: Callable[[Row], str]
+    is_number: bool = False
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+COLUMNS = (
+    Column("instance", lambda row: row.instance),
+    Column("GPU", lambda row: "-" if row.gpus is None else ",".join(gpu[:12] for gpu in row.gpus)),
+    Column("port", lambda row: _or_dash(row.port), is_number=True),
+    Column("unit", lambda row: _or_dash(row.unit)),
+    Column("ready", lambda row: _or_dash(row.ready)),
+    Column("front", lambda row: _or_dash(row.front)),
+    Column("waiting", lambda row: _or_dash(row.waiting), is_number=True),
+    Column("in flight", lambda row: _or_dash(row.running), is_number=True),
+    Column("spoken", lambda row: _or_dash(row.spoken), is_number=True),
+    Column("restarts", lambda row: _or_dash(row.restarts), is_number=True),
+    Column("since", lambda row: duration(row.active_s), is_number=True),
+    Column("memory", lambda row: size(row.memory_bytes), is_number=True),
+    Column("GPU memory", lambda row: size(row.gpu_memory_bytes), is_number=True),
+)
+"""In the order of the table. What is wrong comes last, and is no column where the terminal is too narrow."""
+
+WRONG = Column("wrong", lambda row: "; ".join(row.wrong))
+
+_DISPENSABLE = ("spoken", "GPU memory", "memory", "since", "in flight", "waiting", "restarts", "GPU", "front")
+"""Columns that a narrow terminal does without, the first one first."""
+
+GAP = 2
+"""Spaces between columns."""
+
+
+def fitting(rows: Sequence[Row], width: int | None) -> tuple[Column, ...]:
+    """The columns for which a terminal of so many cells has room; all for ``None``."""
+    columns = list(COLUMNS)
+    for title in _DISPENSABLE:
+        if width is None or table_width(columns, rows) <= width:
+            break
+        columns = [column for column in columns if column.title != title]
+    return tuple(columns)
+
+
+def table_width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
+    """Cells of the longest line."""
+    widths = (max(len(text) for text in (column.title, *map(column.cell, rows))) for column in columns)
+    return sum(widths) + GAP * (len(columns) - 1)
+
+
+def duration(seconds: float | None) -> str:
+    """``42s``, ``5m``, ``3h``, ``12d``: how long, at a glance."""
+    if seconds is None:
+        return "-"
+    for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):
+        # Two of a unit before the next one: "90m" says more than "1h".
+        if seconds >= 2 * unit:
+            return f"{int(seconds // unit)}{name}"
+    return f"{int(max(0, seconds))}s"
+
+
+def size(count: int | None) -> str:
+    """Bytes as ``126 MB`` or ``4.1 GB``."""
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
