@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from chatterbox_deploy import apply, config, difference, ledger, nginx, observe, plan, render, systemd
 from chatterbox_deploy.difference import Change
@@ -65,6 +65,14 @@ class Proposal:
     wanted: Wanted
     state: HostState
     plan: Plan
+
+
+class Progress(Protocol):
+    """Told what is about to happen: a name where it is not what was asked for, and how many steps it has."""
+
+    def __call__(self, total: int, title: str | None = None) -> Callable[[int, Step], None]:
+        """What to tell of each step before it is taken."""
+        ...
 
 
 class WentBack(CommandFailed):
@@ -154,9 +162,7 @@ def _propose(
     return Proposal(asked, wanted, state, made)
 
 
-def carry_out(
-    host: Host, proposal: Proposal, author: Author, tell: Callable[[int, Step], None], *, goes_back: bool = True
-) -> int:
+def carry_out(host: Host, proposal: Proposal, author: Author, progress: Progress, *, goes_back: bool = True) -> int:
     """Do what was proposed; the number of the revision that is then on the host. ``ledger.lock`` is held.
 
     Raises:
@@ -165,16 +171,16 @@ def carry_out(
     """
     ledger.begin(host, who=author.who, command=author.command)
     try:
-        apply.carry_out(proposal.plan.steps, host, tell)
+        apply.carry_out(proposal.plan.steps, host, progress(len(proposal.plan.steps)))
     except CommandFailed as error:
         ledger.log(host, who=author.who, command=author.command, result=f"failed: {error}")
-        raise _gone_back(host, author, error, tell) if goes_back else error from None
+        raise _gone_back(host, author, error, progress) if goes_back else error from None
     number = _remember(host, proposal, author)
     ledger.log(host, who=author.who, command=author.command, result=f"done: revision {number}")
     return number
 
 
-def _gone_back(host: Host, author: Author, error: CommandFailed, tell: Callable[[int, Step], None]) -> CommandFailed:
+def _gone_back(host: Host, author: Author, error: CommandFailed, progress: Progress) -> CommandFailed:
     """Return to what was applied last; what to raise then."""
     remembered = ledger.read(host)
     if remembered.current is None:
@@ -188,6 +194,7 @@ def _gone_back(host: Host, author: Author, error: CommandFailed, tell: Callable[
         before = _propose(host, of_revision(ledger.revision(host, remembered.current)), replace(remembered, keys={}))
         if before.plan.problems:
             return CommandFailed(f"{error}\nand cannot go back: {'; '.join(before.plan.problems)}")
+        tell = progress(len(before.plan.steps), f"going back to revision {remembered.current}")
         apply.carry_out(before.plan.steps, host, tell)
     except CommandFailed as second:
         ledger.log(host, who=author.who, command=author.command, result=f"cannot go back: {second}")
@@ -249,9 +256,7 @@ def _front_digest(host: Host) -> dict[str, str]:
     return ledger.digests([render.RenderedFile(render.FRONT_PATH, content.decode(errors="replace"))])
 
 
-def drain(
-    host: Host, names: Collection[str], author: Author, tell: Callable[[int, Step], None], *, drained: bool
-) -> None:
+def drain(host: Host, names: Collection[str], author: Author, progress: Progress, *, drained: bool) -> None:
     """Take instances out of the front and wait until they are idle, or put them back. ``ledger.lock`` is held.
 
     Raises:
@@ -285,7 +290,7 @@ def drain(
     kept = [name for name in remembered.drained if name not in names]
     ledger.write(host, replace(remembered, drained=tuple(sorted([*kept, *names]) if drained else kept)))
     ledger.log(host, who=author.who, command=author.command, result="begun")
-    apply.carry_out(steps, host, tell)
+    apply.carry_out(steps, host, progress(len(steps)))
     remembered = ledger.read(host)
     ledger.write(host, replace(remembered, files={**remembered.files, **_front_digest(host)}))
     ledger.log(host, who=author.who, command=author.command, result="done")
@@ -319,14 +324,14 @@ def removal(host: Host, *, purge: bool, force: bool) -> Removal:
     return Removal(made, kept)
 
 
-def remove(host: Host, removal: Removal, author: Author, tell: Callable[[int, Step], None], *, purge: bool) -> None:
+def remove(host: Host, removal: Removal, author: Author, progress: Progress, *, purge: bool) -> None:
     """Carry it out. ``ledger.lock`` is held.
 
     Raises:
         CommandFailed: a step failed; typed again, it goes on.
     """
     ledger.begin(host, who=author.who, command=author.command)
-    apply.carry_out(removal.plan.steps, host, tell)
+    apply.carry_out(removal.plan.steps, host, progress(len(removal.plan.steps)))
     if purge:
         host.remove(ledger.DIR)
     else:

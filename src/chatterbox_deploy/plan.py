@@ -182,13 +182,16 @@ def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> P
     ours = {path: text for path, text in state.files.items() if render.is_ours(text) and path not in keep}
     steps: list[Step] = []
     if render.FRONT_PATH in ours:
-        steps += [RemoveFile(render.FRONT_PATH, ours[render.FRONT_PATH]), FORGET_FRONT]
+        steps.append(RemoveFile(render.FRONT_PATH, ours[render.FRONT_PATH]))
+    if render.FRONT_PATH in ours or state.interrupted:
+        steps.append(FORGET_FRONT)
     running = sorted(name for name, unit in state.instances.items() if unit.has_process or unit.active != "inactive")
     mine = [name for name in running if _unit_path(name) in ours or _unit_path(name) not in state.files]
     if state.enabled and render.UNIT_DIR / systemd.TARGET in ours:
         steps.append(Run(("systemctl", "disable", systemd.TARGET), "the fleet no longer starts at boot"))
-    if mine:
-        steps.append(StopUnits(tuple(systemd.unit_name(name) for name in mine)))
+    failed = [name for name in mine if state.instances[name].active == "failed"]
+    if to_stop := [name for name in mine if name not in failed]:
+        steps.append(StopUnits(tuple(systemd.unit_name(name) for name in to_stop)))
     units = tuple(path for path in sorted(ours) if path.parent == render.UNIT_DIR)
     others = tuple(
         path.name for path in units if path.name not in {systemd.unit_name(name) for name in state.instances}
@@ -196,13 +199,19 @@ def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> P
     if others:
         steps.append(StopUnits(others))
     steps += [RemoveFile(path, ours[path]) for path in units]
-    if units:
+    if units or state.interrupted:
         steps.append(DAEMON_RELOAD)
+    if failed:
+        steps.append(_forget_failure(*(systemd.unit_name(name) for name in failed)))
     return Plan(tuple(steps), reasons=tuple((name, "the fleet is uninstalled") for name in mine))
 
 
 DAEMON_RELOAD = Run(("systemctl", "daemon-reload"), "systemd reads the units")
 FORGET_FRONT = Run(("systemctl", "try-reload-or-restart", "nginx.service"), "nginx forgets the front")
+
+
+def _forget_failure(*units: str) -> Run:
+    return Run(("systemctl", "reset-failed", *units), "systemd forgets that it failed")
 
 
 def _unit_path(name: str) -> PurePosixPath:
@@ -341,7 +350,9 @@ class _Work:
         renewals = self._free([name for name in todo if name in self.up], ())
         stops = [name for name in gone if self._in_the_way(name, todo)] or ([] if todo else gone)
         hops = self._hops(todo, gone)
-        if now := starts or self._spared(renewals):
+        # Whoever is away already, cut short before or crashed, and waits for a port, counts.
+        away = [name for name in todo if name not in self.up and self._path(name) in self.state.files]
+        if now := starts or self._spared(renewals)[: max(0, self.max_unavailable - len(away))]:
             self._renew(now)
             todo[:] = [name for name in todo if name not in now]
         elif now := self._spared(stops)[:1]:
@@ -388,11 +399,10 @@ class _Work:
         return set(self.up) - self.state.drained
 
     def _spared(self, names: Iterable[str]) -> list[str]:
-        """As many of them as may be away at once while somebody else speaks."""
+        """Those who may all be away at once, for somebody else speaks."""
         spared: list[str] = []
         for name in names:
-            left = self._speaking() - {*spared, name}
-            if len(spared) < self.max_unavailable and (left or name not in self._speaking()):
+            if name not in self._speaking() or self._speaking() - {*spared, name}:
                 spared.append(name)
         return spared
 
@@ -467,7 +477,10 @@ class _Work:
     def _stop(self, name: str) -> None:
         self.reasons.append((name, "the fleet file asks for it no longer"))
         self._take_out([name])
-        if name in self.running or self._has_process(name):
+        active = self.state.instances[name].active
+        if active == "failed":
+            self.steps.append(_forget_failure(systemd.unit_name(name)))
+        elif active != "inactive":
             self.steps.append(StopUnits((systemd.unit_name(name),)))
         self.running.pop(name, None)
         path = self._path(name)

@@ -7,6 +7,7 @@ nothing restarts, and nginx reloads nothing, before it was judged.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -38,8 +39,9 @@ def laws(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def untold(number: int, step: Step) -> None:
+def untold(total: int, title: str | None = None) -> Callable[[int, Step], None]:
     """Nobody listens to the progress."""
+    return lambda number, step: None
 
 
 def propose(host: ScriptedHost, table: dict[str, Any], max_unavailable: int = 1) -> Proposal:
@@ -321,12 +323,35 @@ def test_what_others_wrote_is_the_same_after_install_change_and_uninstall(pair: 
         assert purge != bool(host.contents("/var/lib/chatterbox-deploy"))
 
 
+@pytest.mark.parametrize("later_s", [0.0, 60.0], ids=["at once", "a minute later"])
+def test_an_uninstall_interrupted_after_every_single_change_is_finished_by_the_next(later_s: float) -> None:
+    def uninstall(host: ScriptedHost) -> None:
+        with ledger.lock(host):
+            deploy.remove(host, deploy.removal(host, purge=True, force=False), ADA, untold, purge=True)
+
+    for changes in range(40):
+        with scripted_host() as host:
+            change(host, {"gpus": TWO})
+            host.crash("gpu2")
+            host.promise(None)
+            host.interrupt_after(changes)
+            with suppress(Killed):
+                uninstall(host)
+            host.revive(later_s)
+
+            uninstall(host)
+
+            assert host.contents("/etc", "/proc", "/run", "/var") == {}
+            assert host.instances() == {}
+            assert host.front is None
+
+
 # The host objects: what it is told to do by hand, and what it says
 
 
 def objected(host: ScriptedHost, *steps: Step) -> str:
     with pytest.raises(AssertionError) as found:
-        apply.carry_out(steps, host, untold)
+        apply.carry_out(steps, host, untold(0))
     return str(found.value).partition(". What happened before")[0]
 
 
@@ -417,9 +442,9 @@ def test_a_unit_runs_the_text_that_systemd_read_last(served: tuple[ScriptedHost,
     units = tuple(Change(file, None) for file in turbo.files if file.path.name in (GPU0, GPU1))
     host.promise(None)
 
-    apply.carry_out([front(turbo, "gpu0"), WriteFiles(units)], host, untold)
+    apply.carry_out([front(turbo, "gpu0"), WriteFiles(units)], host, untold(0))
     host.sleep(5)
-    apply.carry_out([StopUnits((GPU0,)), StartUnits((GPU0,), 300)], host, untold)
+    apply.carry_out([StopUnits((GPU0,)), StartUnits((GPU0,), 300)], host, untold(0))
 
     assert host.running() == old
     assert observe.state(host, ledger.read(host), wanted=turbo.files).stale

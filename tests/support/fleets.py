@@ -237,7 +237,7 @@ def _edited(draw: DrawFn, gpus: dict[str, int | list[int]]) -> dict[str, int | l
 
 _SETTINGS: dict[str, Any] = {
     "nginx": {"listen": "127.0.0.1:7000", "max_upload_mb": 30},
-    "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": "50% \"more\""}, "cpu_threads": 3},
+    "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": '50% "more"'}, "cpu_threads": 3},
     "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20},
 }
 

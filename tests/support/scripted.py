@@ -64,7 +64,7 @@ class Killed(BaseException):
 class _Unit:
     name: str
     loaded: str
-    """Text that systemd knows."""
+    """Text that systemd knows; none, where the file is gone."""
 
     active: str = "inactive"
     sub: str = "dead"
@@ -374,9 +374,8 @@ class ScriptedHost(LocalHost):
     def _read_units(self) -> None:
         for name, unit in list(self._units.items()):
             text = super().read_bytes(render.UNIT_DIR / name)
-            if text is not None:
-                unit.loaded = text.decode()
-            elif unit.active == "inactive":
+            unit.loaded = "" if text is None else text.decode()
+            if text is None and unit.active == "inactive":
                 del self._units[name]
 
     def _start(self, names: Iterable[str]) -> Ran:
@@ -478,7 +477,7 @@ class ScriptedHost(LocalHost):
             units.append(unit)
             units += [other for other in self._units.values() if name in _settings(other.loaded, "PartOf")]
         for unit in units:
-            if unit.active in ("inactive", "deactivating"):
+            if unit.active in ("inactive", "failed", "deactivating"):
                 continue
             if unit.pid:
                 self._may_stop(unit)
@@ -497,7 +496,7 @@ class ScriptedHost(LocalHost):
         self._judged()
         if unit.address in self._up():
             self._object(f"{unit.name} is stopped, and the front lists its port {unit.address[1]}")
-        if self._is_busy(unit):
+        if self._is_busy(unit) and self._promise.wanted is not None:
             self._object(f"{unit.name} is stopped before it has answered what it was asked")
 
     def _reset_failed(self, names: Iterable[str]) -> Ran:
@@ -507,6 +506,8 @@ class ScriptedHost(LocalHost):
             if unit.active == "failed":
                 with self._change(f"reset-failed {name}"):
                     unit.active, unit.sub, unit.result = "inactive", "dead", "success"
+                    if not unit.loaded:
+                        del self._units[name]
         return Ran(0)
 
     def _enable(self, verb: str) -> Ran:
@@ -541,12 +542,12 @@ class ScriptedHost(LocalHost):
         enabled = "enabled" if self.at(self._target_enabled).is_symlink() else "disabled"
         facts = {
             "Id": unit.name,
-            "LoadState": "loaded",
+            "LoadState": "loaded" if unit.loaded else "not-found",
             "ActiveState": unit.active,
             "SubState": unit.sub,
             "UnitFileState": enabled if unit.name == systemd.TARGET else "static",
             "ActiveEnterTimestampMonotonic": int(unit.since_s * 1e6),
-            "NeedDaemonReload": "no" if on_disk == unit.loaded.encode() else "yes",
+            "NeedDaemonReload": "no" if (on_disk or b"").decode() == unit.loaded else "yes",
             "InvocationID": unit.invocation,
         }
         if unit.name.endswith(".service"):
@@ -625,7 +626,9 @@ class ScriptedHost(LocalHost):
             f"{row:4}: 0100007F:{port:04X} 00000000:0000 {state} 00000000:00000000 00:00000000 00000000     0"
             for row, (port, state) in enumerate(rows)
         ]
-        return "\n".join(["  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid", *lines, ""])
+        return "\n".join(
+            ["  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid", *lines, ""]
+        )
 
 
 def _settings(text: str, key: str) -> list[str]:

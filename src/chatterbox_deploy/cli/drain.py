@@ -38,5 +38,5 @@ def _set(instance: str, *, drained: bool) -> None:
     host = LocalHost()
     with ledger.lock(host):
         chosen = [found.name for found in fleet.find(deploy.want(deploy.current(host)).fleet, instance)]
-        deploy.drain(host, chosen, telling.author(), telling.progress(1 + len(chosen)), drained=drained)
+        deploy.drain(host, chosen, telling.author(), telling.progress, drained=drained)
     click.echo(f"{', '.join(chosen)}: {'drained' if drained else 'back in service'}", err=True)

@@ -116,9 +116,7 @@ def change(host: LocalHost, proposal: deploy.Proposal, *, as_json: bool = False,
     for line in telling.why(made):
         click.echo(line, err=True)
     try:
-        number = deploy.carry_out(
-            host, proposal, telling.author(), telling.progress(len(made.steps)), goes_back=goes_back
-        )
+        number = deploy.carry_out(host, proposal, telling.author(), telling.progress, goes_back=goes_back)
     except KeyboardInterrupt:
         click.echo(
             "interrupted; `chatterbox-deploy apply` finishes it, `chatterbox-deploy rollback` undoes it", err=True

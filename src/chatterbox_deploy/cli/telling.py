@@ -89,12 +89,13 @@ def _writes(step: Step) -> list[str]:
     return [str(change.file.path) for change in step.changes] if isinstance(step, WriteFiles | ShowFront) else []
 
 
-def progress(total: int) -> Callable[[int, Step], None]:
+def progress(total: int, title: str | None = None) -> Callable[[int, Step], None]:
     """Each step on a line of its own on standard error, with the seconds since the first."""
+    if title is not None:
+        click.echo(f"{title}:", err=True)
     begun_s = time.monotonic()
 
     def tell(number: int, step: Step) -> None:
-        of = f"/{total}" if number <= total else ""
-        click.echo(f"[{number}{of} {time.monotonic() - begun_s:6.1f} s] {step}", err=True)
+        click.echo(f"[{number}/{total} {time.monotonic() - begun_s:6.1f} s] {step}", err=True)
 
     return tell

@@ -34,5 +34,5 @@ def uninstall_command(*, purge: bool, force: bool, yes: bool, dry_run: bool) -> 
             return
         if purge and not yes:
             click.confirm("Remove all of this for good?", abort=True, err=True)
-        deploy.remove(host, removal, telling.author(), telling.progress(len(removal.plan.steps)), purge=purge)
+        deploy.remove(host, removal, telling.author(), telling.progress, purge=purge)
     click.echo("done: the fleet is uninstalled", err=True)
