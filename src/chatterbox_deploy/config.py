@@ -128,6 +128,13 @@ def _voice(value: str) -> str:
     return value
 
 
+def _host_name(value: str) -> str:
+    label = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    if len(value) > 253 or not re.fullmatch(rf"{label}(\.{label})*", value):
+        raise PydanticCustomError("host_name", "should be a host's name in lower case, such as 'tts.example.com'")
+    return value
+
+
 def _origin(value: str) -> str:
     """An origin as a browser writes it: the header is compared letter for letter."""
     if value != "*" and not re.fullmatch(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", value):
@@ -160,6 +167,7 @@ AbsolutePath = Annotated[str, AfterValidator(_absolute_path)]
 Argument = Annotated[str, AfterValidator(_argument)]
 VariableName = Annotated[str, AfterValidator(_variable_name)]
 Variable = Annotated[str, AfterValidator(_printable)]
+HostName = Annotated[str, AfterValidator(_host_name)]
 Voice = Annotated[str, AfterValidator(_voice)]
 Origin = Annotated[str, AfterValidator(_origin)]
 MemoryMb = Annotated[int, Field(ge=0, le=10_000_000), AfterValidator(_none_or_enough)]
@@ -184,6 +192,30 @@ class NginxConfig(_Strict):
 
     max_upload_mb: Annotated[int, Field(ge=1, le=1024)] = 25
     """Largest request body, in MB; reference audio for a voice is the largest thing sent."""
+
+    tls_certificate: AbsolutePath | None = None
+    """Speak TLS with this certificate and its chain (PEM), such as certbot's live/NAME/fullchain.pem; with tls_key."""
+
+    tls_key: AbsolutePath | None = None
+    """Private key of the certificate (PEM), such as certbot's live/NAME/privkey.pem."""
+
+    server_name: HostName | None = None
+    """Answer to this name alone, beside other sites on the same address. Default: to any name."""
+
+    http_listen: Annotated[str, AfterValidator(_listen)] | None = None
+    """Address and port of plain HTTP, which sends everybody to TLS: usually '0.0.0.0:80'."""
+
+    acme_webroot: AbsolutePath | None = None
+    """Directory in which certbot's webroot plugin answers its challenges, on http_listen."""
+
+    rate_limit_per_minute: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Requests to speak that a client may make each minute, by its key or else its address; 0 is any number."""
+
+    rate_limit_burst: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Requests beyond that pace that are taken at once."""
+
+    direct_routes: bool = False
+    """Also offer each instance by itself, drained or not: /gpu0/v1/audio/speech, /gpu0/metrics. For debugging."""
 
 
 class ServerConfig(_Strict):
@@ -341,6 +373,7 @@ def conflicts(config: FleetConfig) -> list[str]:
     return [
         *_gpu_conflicts(config),
         *_listen_conflicts(config),
+        *_tls_conflicts(config),
         *_keys_conflicts(config),
         *_command_conflicts(config.server),
         *_device_conflicts(config.server),
@@ -389,6 +422,32 @@ def _listen_conflicts(config: FleetConfig) -> list[str]:
         problems.append(
             f"nginx.listen: other machines reach {nginx.listen!r}: give api_keys_file, or say allow_anonymous = true"
         )
+    return problems
+
+
+def _tls_conflicts(config: FleetConfig) -> list[str]:
+    nginx = config.nginx
+    problems: list[str] = []
+    if (nginx.tls_certificate is None) != (nginx.tls_key is None):
+        given, lacking = ("tls_certificate", "tls_key") if nginx.tls_certificate else ("tls_key", "tls_certificate")
+        problems.append(f"nginx.{given}: has no meaning without nginx.{lacking}")
+    if nginx.http_listen is not None:
+        port = split_listen(nginx.http_listen)[1]
+        if nginx.tls_certificate is None:
+            problems.append(
+                "nginx.http_listen: has no meaning without nginx.tls_certificate: it sends everybody to TLS"
+            )
+        if port == split_listen(nginx.listen)[1]:
+            problems.append(f"nginx.http_listen: port {port} is already used by nginx.listen, {nginx.listen!r}")
+        problems += [
+            f"gpus.{gpu}: port {port} is already used by nginx.http_listen, {nginx.http_listen!r}"
+            for gpu, own in config.ports()
+            if own == port
+        ]
+    if nginx.acme_webroot is not None and nginx.http_listen is None:
+        problems.append("nginx.acme_webroot: has no meaning without nginx.http_listen, where certbot's challenges come")
+    if nginx.rate_limit_burst and not nginx.rate_limit_per_minute:
+        problems.append("nginx.rate_limit_burst: has no meaning without nginx.rate_limit_per_minute")
     return problems
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import ceil
 from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
+from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.errors import UnknownInstance
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ MARGIN_S = 10
 
 
 MEGABYTE = 1_000_000
+
+HTTPS_PORT = 443
 
 QUICK_FAILURE_S = 60
 """A start that fails sooner is part of a crash loop; a slower one is tried for ever. Importing torch takes 10-37 s."""
@@ -105,6 +109,23 @@ class Front:
     """Idle connections each nginx worker keeps to the instances; 0 where the server may close them first."""
 
     api_keys_file: str | None
+    instances_check_keys: bool
+    """Whether the instances ask for keys, which the front then passes on."""
+
+    tls_certificate: str | None
+    tls_key: str | None
+    server_name: str | None
+    http_listen: str | None
+    https_address: str
+    """Where ``http_listen`` sends everybody, with nginx's variable for the name that the client used."""
+
+    acme_webroot: str | None
+    rate_limit_per_minute: int
+    rate_limit_burst: int
+    rate_limit_retry_s: int
+    """After so many seconds one more request is within the rate."""
+
+    direct_routes: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +195,7 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
     ours = server.command is None
     answer_s = server.max_wait_s + server.longest_utterance_s
     names = _names(config)
+    _, tls_port = split_listen(nginx.listen)
     return Fleet(
         instances=tuple(
             _instance(config, places, name, tuple(key.split(",")), port)
@@ -187,6 +209,17 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             # Our server keeps idle connections for longer than nginx does; of another one we cannot know.
             keepalive_connections=2 * len(names) if ours else 0,
             api_keys_file=nginx.api_keys_file,
+            instances_check_keys=server.api_keys_file is not None,
+            tls_certificate=nginx.tls_certificate,
+            tls_key=nginx.tls_key,
+            server_name=nginx.server_name,
+            http_listen=nginx.http_listen,
+            https_address="https://$host" if tls_port == HTTPS_PORT else f"https://$host:{tls_port}",
+            acme_webroot=nginx.acme_webroot,
+            rate_limit_per_minute=nginx.rate_limit_per_minute,
+            rate_limit_burst=nginx.rate_limit_burst,
+            rate_limit_retry_s=ceil(60 / max(1, nginx.rate_limit_per_minute)),
+            direct_routes=nginx.direct_routes,
         ),
         service=Service(
             user=unit.user,

@@ -104,9 +104,10 @@ def _keys(fleet: Fleet | None) -> list[str]:
 
 
 def _needed(fleet: Fleet) -> list[str]:
-    """Files without which nothing would start: keys, and the programs of the instances."""
+    """Files without which nothing would start: keys, certificates, and the programs of the instances."""
     programs = {instance.command[0] for instance in fleet.instances}
-    return [*_keys(fleet), *sorted(programs)]
+    tls = [path for path in (fleet.front.tls_certificate, fleet.front.tls_key) if path is not None]
+    return [*_keys(fleet), *tls, *sorted(programs)]
 
 
 def exists(host: Host, path: str) -> bool:

@@ -231,6 +231,12 @@ def _problems(wanted: Wanted, state: HostState, foreign: Iterable[PurePosixPath]
         for instance in wanted.fleet.instances
         if instance.port in state.listening - held
     ]
+    front_port = split_listen(wanted.fleet.front.listen)[1]
+    problems += [
+        f"nginx.listen: {name} still listens on port {front_port}; apply its new port first, and then the new listen"
+        for name, unit in state.instances.items()
+        if unit.running is not None and unit.running.port == front_port
+    ]
     problems += [f"{path}: missing; the fleet needs it" for path in sorted(state.missing)]
     return problems
 
@@ -494,7 +500,12 @@ class _Work:
         listed = {**self.up, **(out or {})}
         order = [*self.instances, *(name for name in self.gone if name in listed)]
         upstreams = [
-            Upstream(name, *listed[name], drained=name in self.state.drained, leaving=name in (out or {}))
+            Upstream(
+                name,
+                *listed[name],
+                drained=name in self.state.drained,
+                leaving=name in (out or {}) and name not in self.state.drained,
+            )
             for name in order
             if name in listed
         ]

@@ -93,5 +93,7 @@ def _front_answers(host: Host, fleet: Fleet) -> bool:
         place = "127.0.0.1" if address.version == 4 else "[::1]"
     else:
         place = str(address) if address.version == 4 else f"[{address}]"
-    answer = host.request("GET", f"http://{place}:{port}/healthz", timeout_s=ANSWER_TIMEOUT_S)
+    scheme = "https" if fleet.front.tls_certificate is not None else "http"
+    headers = {"Host": fleet.front.server_name} if fleet.front.server_name is not None else {}
+    answer = host.request("GET", f"{scheme}://{place}:{port}/healthz", headers=headers, timeout_s=ANSWER_TIMEOUT_S)
     return answer is not None and answer.status == 200

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from chatterbox_deploy import fleet
 from chatterbox_deploy import render as renderer
-from chatterbox_deploy.fleet import Front, Instance
+from chatterbox_deploy.config import FleetConfig
+from chatterbox_deploy.fleet import Instance
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from chatterbox_deploy.fleet import Upstream
 
 
 def render(
@@ -23,19 +28,23 @@ def render(
     keepalive_connections: int = 8,
     max_upload_mb: int = 20,
     read_timeout_s: int = 30,
+    upstreams: Sequence[Upstream] | None = None,
+    **more: Any,
 ) -> str:
-    """nginx's file for instances on ``ports`` by name."""
-    front = Front(
+    """nginx's file for instances on ``ports`` by name; ``more`` are settings of the front beyond its defaults."""
+    front = replace(
+        fleet.resolve(FleetConfig(gpus={"0": 6093})).front,
         listen=f"127.0.0.1:{listen_port}",
         access_log=str(access_log),
         max_upload_mb=max_upload_mb,
         read_timeout_s=read_timeout_s,
         keepalive_connections=keepalive_connections,
         api_keys_file=None if api_keys_file is None else str(api_keys_file),
+        **more,
     )
     instances = tuple(
         Instance(name=name, gpus=("0",), host="127.0.0.1", port=port, command=("server",), environment={})
         for name, port in ports.items()
     )
     laboratory = SimpleNamespace(front=front, instances=instances)
-    return renderer.front(laboratory, Templates(), source="fleet.toml")  # type: ignore[arg-type]
+    return renderer.front(laboratory, Templates(), source="fleet.toml", upstreams=upstreams)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ def problems(text: str) -> list[str]:
 
 GPU_KEY = "should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, or two of them ('2,3')"
 ONE_GPU = "[gpus]\n0 = 6093\n"
+HOST_NAME = "should be a host's name in lower case, such as 'tts.example.com'"
 LISTEN = "should be ADDRESS:PORT, such as '127.0.0.1:6095', '0.0.0.0:80' or '[::1]:6095'"
 ORIGIN = "should be '*' or like 'https://example.com' or 'http://localhost:3000': lower case, no path"
 PATH = "should be an absolute path without spaces, '..' or characters special to nginx or systemd"
@@ -206,6 +207,27 @@ REJECTED = [
     (
         ONE_GPU + "[server]\ncommand = ['/srv/serve', '{port}']\napi_keys_file = '/k'",
         ["server.api_keys_file: has no meaning with server.command; give it to that server in its own way"],
+    ),
+    (
+        "[gpus]\n0 = 6093\n1 = 8080\n[nginx]\ntls_key = '/k'\nhttp_listen = '0.0.0.0:8080'\nrate_limit_burst = 5",
+        [
+            "nginx.tls_key: has no meaning without nginx.tls_certificate",
+            "nginx.http_listen: has no meaning without nginx.tls_certificate: it sends everybody to TLS",
+            "gpus.1: port 8080 is already used by nginx.http_listen, '0.0.0.0:8080'",
+            "nginx.rate_limit_burst: has no meaning without nginx.rate_limit_per_minute",
+        ],
+    ),
+    (
+        ONE_GPU + "[nginx]\ntls_certificate = '/c'\ntls_key = '/k'\nhttp_listen = '127.0.0.1:6095'",
+        ["nginx.http_listen: port 6095 is already used by nginx.listen, '127.0.0.1:6095'"],
+    ),
+    (
+        ONE_GPU + "[nginx]\nacme_webroot = '/var/www/certbot'",
+        ["nginx.acme_webroot: has no meaning without nginx.http_listen, where certbot's challenges come"],
+    ),
+    (
+        ONE_GPU + "[nginx]\nserver_name = 'tts; listen 80'",
+        [f"nginx.server_name: {HOST_NAME}, got 'tts; listen 80'"],
     ),
     # unknown keys, and the nearest known one
     (

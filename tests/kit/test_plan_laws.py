@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chatterbox_deploy import apply, deploy, ledger, nginx, observe, plan, render, systemd
+from chatterbox_deploy import apply, deploy, ledger, observe, plan, render, systemd
 from chatterbox_deploy.deploy import Author, Blueprint, Proposal, WentBack
 from chatterbox_deploy.difference import Change
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import Upstream
 from chatterbox_deploy.render import RenderedFile
-from chatterbox_deploy.steps import RemoveFile, Run, ShowFront, StartUnits, StopUnits, WriteFiles
+from chatterbox_deploy.steps import Run, ShowFront, StartUnits, StopUnits, WriteFiles
 from support import fleets
 from support.fleets import Pair
 from support.scripted import Killed, ScriptedHost, scripted_host

@@ -16,7 +16,7 @@ from chatterbox_deploy import config, fleet, render, systemd
 from chatterbox_deploy.errors import TemplateError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.templates import Templates, read_own
-from support import fleets, golden
+from support import certificates, fleets, golden
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,8 +155,9 @@ def test_nginx_has_nothing_to_say_about_any_golden_front(case: str, tmp_path: Pa
         pytest.skip("needs nginx (apt-get install nginx)")
     text = golden.on_disk(case)[render.FRONT_PATH]
     (tmp_path / "api-keys").write_text('"~^Bearer key$" ada;\n')
-    for there, here in (("/var/log/nginx", tmp_path), ("/etc/chatterbox-tts/api-keys", tmp_path / "api-keys")):
-        text = text.replace(there, str(here))
+    certificates.self_signed(tmp_path / "fullchain.pem", tmp_path / "privkey.pem", "tts.example.com")
+    for there in ("/var/log/nginx", "/etc/chatterbox-tts", "/etc/letsencrypt/live/tts.example.com"):
+        text = text.replace(there, str(tmp_path))
     (tmp_path / "front.conf").write_text(text)
     (tmp_path / "nginx.conf").write_text(
         f"pid {tmp_path}/pid; error_log stderr; events {{}} http {{ include {tmp_path}/front.conf; }}"

@@ -101,6 +101,15 @@ _UNIT = st.fixed_dictionaries(
 )
 
 
+_TLS = {"tls_certificate": "/etc/tls/chain.pem", "tls_key": "/etc/tls/key.pem"}
+_DOORS = st.tuples(
+    st.sampled_from([{}, _TLS, {**_TLS, "http_listen": "0.0.0.0:80", "acme_webroot": "/var/www/certbot"}]),
+    st.sampled_from([{}, {"server_name": "tts.example.com"}]),
+    st.sampled_from([{}, {"rate_limit_per_minute": 30}, {"rate_limit_per_minute": 30, "rate_limit_burst": 9}]),
+    st.fixed_dictionaries({}, optional={"direct_routes": st.booleans()}),
+).map(lambda parts: {key: value for part in parts for key, value in part.items()})
+
+
 @st.composite
 def fleet_tables(draw: DrawFn) -> dict[str, Any]:
     """A valid fleet file as a table."""
@@ -109,8 +118,9 @@ def fleet_tables(draw: DrawFn) -> dict[str, Any]:
     table: dict[str, Any] = {"gpus": gpus}
     if draw(st.booleans()):
         address, public = draw(st.sampled_from([("127.0.0.1", False), ("[::1]", False), ("0.0.0.0", True)]))
-        port = draw(st.integers(1, 65535).filter(lambda port: port not in taken))
+        port = draw(st.integers(1, 65535).filter(lambda port: port not in {80, *taken}))
         table["nginx"] = {"listen": f"{address}:{port}", "max_upload_mb": draw(st.integers(1, 1024))}
+        table["nginx"] |= draw(_DOORS)
         if public or draw(st.booleans()):
             table["nginx"] |= draw(
                 st.sampled_from([{"allow_anonymous": True}, {"api_keys_file": "/etc/chatterbox-tts/api-keys"}])
@@ -215,24 +225,24 @@ def _edited(draw: DrawFn, gpus: dict[str, int | list[int]]) -> dict[str, int | l
     free = [gpu for gpu in "01234" if not any(gpu in key.split(",") for key in gpus)]
     edit = draw(st.sampled_from(["add", "remove", "permute", "rotate", "move", "replicas", "reorder", "anew"]))
     key = draw(st.sampled_from(sorted(gpus)))
+    edited: dict[str, int | list[int]] = draw(_small_gpu_tables()) if edit == "anew" else dict(gpus)
     match edit:
         case "add" if free and spare:
-            return {**gpus, draw(st.sampled_from(free)): draw(st.sampled_from(spare))}
+            edited[draw(st.sampled_from(free))] = draw(st.sampled_from(spare))
         case "remove" if len(gpus) > 1:
-            return {other: port for other, port in gpus.items() if other != key}
+            del edited[key]
         case "permute":
-            return _with_ports(gpus, draw(st.permutations(ports)))
+            edited = _with_ports(gpus, draw(st.permutations(ports)))
         case "rotate":
-            return _with_ports(gpus, [*ports[1:], ports[0]])
+            edited = _with_ports(gpus, [*ports[1:], ports[0]])
         case "move" if spare:
-            return _with_ports(gpus, [*ports[1:], draw(st.sampled_from(spare))])
+            edited = _with_ports(gpus, [*ports[1:], draw(st.sampled_from(spare))])
         case "replicas":
             held = _ports_of({key: gpus[key]})
-            return {**gpus, key: held[-1] if len(held) > 1 else draw(st.permutations([*held, *spare[:1]]))}
+            edited[key] = held[-1] if len(held) > 1 else draw(st.permutations([*held, *spare[:1]]))
         case "reorder":
-            return dict(draw(st.permutations(list(gpus.items()))))
-        case _:
-            return draw(_small_gpu_tables())
+            edited = dict(draw(st.permutations(list(gpus.items()))))
+    return edited
 
 
 _SETTINGS: dict[str, Any] = {

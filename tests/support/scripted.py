@@ -50,10 +50,6 @@ _BEFORE_OURS = 1000
 
 _LISTED = re.compile(r"^\s*server (\S+):([0-9]+)([^;]*);", re.MULTILINE)
 _VARIABLE = re.compile(r'^Environment=(?:"((?:[^"\\]|\\.)*)"|(\S*))$', re.MULTILINE)
-_ORDER = (
-    ("MainPID", "Result", "NRestarts", "ExecMainStatus", "MemoryCurrent", "Id", "LoadState", "ActiveState", "SubState")
-    + ("UnitFileState", "ActiveEnterTimestampMonotonic", "NeedDaemonReload", "InvocationID")
-)  # fmt: skip
 
 
 class Killed(BaseException):
@@ -162,8 +158,8 @@ class ScriptedHost(LocalHost):
     def promise(
         self, wanted: Wanted | None, *, lasting: Collection[str] = (), max_unavailable: int = 1, somebody: bool = False
     ) -> None:
-        """Object from now on, too, if texts of ``wanted`` are in use before they were judged, if too many of ``lasting``
-        are away at once, or (``somebody``) if nobody speaks.
+        """Object from now on, too, if something restarts before ``wanted`` was judged, if too many of ``lasting`` are
+        away at once, or (``somebody``) if nobody speaks.
         """
         self._promise = _Promise(wanted, frozenset(lasting), max_unavailable, somebody)
         self._served = self.in_service()
@@ -237,43 +233,44 @@ class ScriptedHost(LocalHost):
     def run(self, argv: Sequence[str], *, timeout_s: float, check: bool = True) -> Ran:
         """See ``Host``."""
         self._live()
-        match argv:
-            case ["systemctl", "show", properties, "--", *names]:
-                ran = self._show(properties.removeprefix("--property=").split(","), names)
-            case ["systemctl", "start", *names]:
-                ran = self._start(names)
-            case ["systemctl", "stop", *names]:
-                ran = self._stop(names)
-            case ["systemctl", "reset-failed", *names]:
-                ran = self._reset_failed(names)
-            case ["systemctl", "is-active", name]:
-                unit = self._find(name)
-                state = "inactive" if unit is None else unit.active
-                ran = Ran(0 if state == "active" else 3, f"{state}\n")
-            case ["systemctl", "daemon-reload"]:
-                with self._change("daemon-reload"):
-                    self._read_units()
-                ran = Ran(0)
-            case ["systemctl", "reload-or-restart" | "try-reload-or-restart", "nginx.service"]:
-                ran = self._reload_nginx()
-            case ["systemctl", "enable" | "disable" as verb, systemd.TARGET]:
-                ran = self._enable(verb)
-            case ["systemd-analyze", "verify", *paths]:
-                ran = self._verify(paths)
-            case ["nginx", "-t"]:
-                ran = self._test_front()
-            case ["journalctl", *_]:
-                ran = Ran(0, "its last words\n")
-            case ["test", "-e", path, *_]:
-                place = self.at(PurePosixPath(path))
-                ran = Ran(0 if place.exists() or place.is_symlink() else 1)
-            case _:
-                raise AssertionError(f"the script has no answer to {shlex.join(argv)}")
+        ran = self._answer(argv)
         if check and ran.status != 0:
             said = ran.stderr.strip() or ran.stdout.strip() or "no output"
             msg = f"cannot run `{shlex.join(argv)}`: exit status {ran.status}: {said}"
             raise CommandFailed(msg)
         return ran
+
+    def _answer(self, argv: Sequence[str]) -> Ran:
+        match argv:
+            case ["systemctl", verb, *rest]:
+                return self._systemctl(verb, rest)
+            case ["systemd-analyze", "verify", *paths]:
+                return self._verify(paths)
+            case ["nginx", "-t"]:
+                return self._test_front()
+            case ["journalctl", *_]:
+                return Ran(0, "its last words\n")
+            case ["test", "-e", path, *_]:
+                place = self.at(PurePosixPath(path))
+                return Ran(0 if place.exists() or place.is_symlink() else 1)
+        msg = f"the script has no answer to {shlex.join(argv)}"
+        raise AssertionError(msg)
+
+    def _systemctl(self, verb: str, rest: Sequence[str]) -> Ran:
+        match verb, rest:
+            case "show", [properties, "--", *names]:
+                return self._show(properties.removeprefix("--property=").split(","), names)
+            case "daemon-reload", []:
+                with self._change("daemon-reload"):
+                    self._read_units()
+                return Ran(0)
+            case "reload-or-restart" | "try-reload-or-restart", ["nginx.service"]:
+                return self._reload_nginx()
+            case "enable" | "disable", [systemd.TARGET]:
+                return self._enable(verb)
+        verbs = {"start": self._start, "stop": self._stop, "reset-failed": self._reset_failed}
+        assert verb in verbs, f"the script has no answer to systemctl {verb} {shlex.join(rest)}"
+        return verbs[verb](rest)
 
     def request(
         self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float
@@ -350,7 +347,8 @@ class ScriptedHost(LocalHost):
 
     def _object(self, law: str) -> None:
         happened = "\n  ".join(self.history[-25:])
-        raise AssertionError(f"{law}. What happened before:\n  {happened}")
+        msg = f"{law}. What happened before:\n  {happened}"
+        raise AssertionError(msg)
 
     def _judged(self) -> None:
         """An instance is to stop or to start: what is wanted must have been judged."""
@@ -530,30 +528,29 @@ class ScriptedHost(LocalHost):
             known = [unit for unit in self._units.values() if glob.fullmatch(unit.name)] if "*" in name else []
             for unit in known if "*" in name else [self._find(name) or name]:
                 facts = self._facts(unit)
-                blocks.append("\n".join(f"{key}={facts[key]}" for key in _ORDER if key in facts and key in properties))
+                blocks.append("\n".join(f"{key}={facts[key]}" for key in facts if key in properties))
         return Ran(0, "\n\n".join(blocks) + "\n")
 
     def _facts(self, unit: _Unit | str) -> dict[str, str | int]:
-        if isinstance(unit, str):
-            facts: dict[str, str | int] = {"Id": unit, "LoadState": "not-found", "ActiveState": "inactive"}
-            facts |= {"SubState": "dead", "UnitFileState": "", "NeedDaemonReload": "no", "InvocationID": ""}
-            return facts | ({"MainPID": 0, "NRestarts": 0} if unit.endswith(".service") else {})
-        on_disk = super().read_bytes(render.UNIT_DIR / unit.name)
+        """In systemd's order."""
+        known = unit if isinstance(unit, _Unit) else _Unit(unit, "")
+        facts: dict[str, str | int] = {}
+        if known.name.endswith(".service"):
+            facts |= {"MainPID": known.pid, "Result": known.result, "NRestarts": known.restarts, "ExecMainStatus": 0}
+            facts |= {"MemoryCurrent": 50_000_000 if known.pid else "[not set]"}
         enabled = "enabled" if self.at(self._target_enabled).is_symlink() else "disabled"
-        facts = {
-            "Id": unit.name,
-            "LoadState": "loaded" if unit.loaded else "not-found",
-            "ActiveState": unit.active,
-            "SubState": unit.sub,
-            "UnitFileState": enabled if unit.name == systemd.TARGET else "static",
-            "ActiveEnterTimestampMonotonic": int(unit.since_s * 1e6),
-            "NeedDaemonReload": "no" if (on_disk or b"").decode() == unit.loaded else "yes",
-            "InvocationID": unit.invocation,
+        file_state = enabled if known.name == systemd.TARGET else "static"
+        on_disk = (super().read_bytes(render.UNIT_DIR / known.name) or b"").decode()
+        return facts | {
+            "Id": known.name,
+            "LoadState": "loaded" if known.loaded else "not-found",
+            "ActiveState": known.active,
+            "SubState": known.sub,
+            "UnitFileState": file_state if known.loaded else "",
+            "ActiveEnterTimestampMonotonic": int(known.since_s * 1e6),
+            "NeedDaemonReload": "no" if on_disk == known.loaded else "yes",
+            "InvocationID": known.invocation,
         }
-        if unit.name.endswith(".service"):
-            facts |= {"MainPID": unit.pid, "NRestarts": unit.restarts, "Result": unit.result}
-            facts |= {"ExecMainStatus": 0, "MemoryCurrent": 50_000_000 if unit.pid else "[not set]"}
-        return facts
 
     def _verify(self, paths: Iterable[str]) -> Ran:
         texts = {path: (super(ScriptedHost, self).read_bytes(PurePosixPath(path)) or b"").decode() for path in paths}
