@@ -47,6 +47,12 @@ MARGIN_S = 30
 LONGEST_STOP_S = 4 * 3600.0
 """An instance asks systemd for more time while a long text still streams; a book is done in less."""
 
+RELOAD_TIMEOUT_S = 20.0
+"""For nginx to read its files and start new workers."""
+
+GRACE_S = 3.0
+"""How long requests that a retired nginx worker still holds may take to reach an instance, before one is stopped."""
+
 POLL_S = 0.2
 CANARY = "One, two, three."
 SILENCE_DBFS = -60.0
@@ -121,7 +127,43 @@ def _show(step: ShowFront, host: Host) -> None:
             host.write_files([RenderedFile(step.change.file.path, step.change.before, step.change.file.mode)])
         msg = f"cannot use a front that nginx refuses; it was put back:\n  {tested.stderr.strip()}"
         raise CommandFailed(msg)
+    workers = _nginx_workers(host)
     host.run(("systemctl", "reload-or-restart", "nginx.service"), timeout_s=COMMAND_TIMEOUT_S)
+    _wait_for_new_workers(workers, host, grace_s=GRACE_S if any(each.leaving for each in step.upstreams) else 0.0)
+
+
+def _nginx_workers(host: Host) -> list[str]:
+    """Process ids of the workers of nginx; none where it does not run."""
+    shown = host.run(systemd.show_argv(["nginx.service"], ["MainPID"]), timeout_s=COMMAND_TIMEOUT_S).stdout
+    master = systemd.parse_show(shown)[0].get("MainPID", "0")
+    children = host.read_bytes(PurePosixPath(f"/proc/{master}/task/{master}/children"))
+    return (children or b"").decode().split()
+
+
+def _wait_for_new_workers(before: Sequence[str], host: Host, *, grace_s: float) -> None:
+    """A reload only asks: until the old workers retire, they take requests by the old list.
+
+    Retired, they still hold what they accepted; ``grace_s`` is for those that had yet to pass it on.
+    """
+    deadline_s = host.monotonic_s() + RELOAD_TIMEOUT_S
+    while any(_is_worker(host, worker, b"worker process") for worker in before):
+        if host.monotonic_s() > deadline_s:
+            msg = "cannot have nginx take the new front: it goes on with the old one; `journalctl -u nginx` tells why"
+            raise CommandFailed(msg)
+        host.sleep(POLL_S / 10)
+    deadline_s = host.monotonic_s() + grace_s
+    while host.monotonic_s() < deadline_s and any(_is_worker(host, worker, b"shutting down") for worker in before):
+        host.sleep(POLL_S / 10)
+
+
+def _is_worker(host: Host, process: str, words: bytes) -> bool:
+    """Whether a process of nginx calls itself so: a retired one is a "worker process is shutting down"."""
+    try:
+        title = host.read_bytes(PurePosixPath(f"/proc/{process}/cmdline")) or b""
+    except CommandFailed:
+        # It ended as we looked.
+        return False
+    return title.rstrip(b"\0 ").endswith(words)
 
 
 def _start(step: StartUnits, host: Host) -> None:

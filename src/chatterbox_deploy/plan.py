@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import difference, fleet, render, systemd
+from chatterbox_deploy import difference, fleet, nginx, render, systemd
 from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.fleet import Upstream
 from chatterbox_deploy.steps import (
@@ -220,7 +220,12 @@ def _unit_path(name: str) -> PurePosixPath:
 
 def _problems(wanted: Wanted, state: HostState, foreign: Iterable[PurePosixPath]) -> list[str]:
     """Everything that would stop a plan halfway, found before it begins."""
-    held = {unit.running.port for unit in state.instances.values() if unit.running is not None}
+    # By instances of ours, which make way.
+    held = {
+        unit.running.port
+        for name, unit in state.instances.items()
+        if unit.running is not None and render.is_ours(state.files.get(_unit_path(name), render.header("")))
+    }
     problems = [
         f"{path}: chatterbox-deploy did not write it, and writes over nothing of others; move it away"
         for path in foreign
@@ -273,6 +278,7 @@ class _Work:
             if state.instances[name].active == "active"
             and mark.port in state.listening
             and (name in self.instances or name in self.gone)
+            and not self._is_unheard(name)
         }
         self.why = {name: why for name in self.instances if (why := self._why(name, restart))}
 
@@ -290,6 +296,13 @@ class _Work:
 
     # What is to be done
 
+    def _is_unheard(self, name: str) -> bool:
+        """Whether a plan that was cut short left an instance out of the front: it may be active, and silent."""
+        if self.state.interrupted is None or name in self.state.drained:
+            return False
+        listed = nginx.find_upstreams(self.disk.get(render.FRONT_PATH, ""))
+        return not any(each.name == name and not (each.drained or each.leaving) for each in listed)
+
     def _why(self, name: str, restart: Mapping[str, str]) -> str | None:
         """Why an instance has to start or restart; ``None`` if it may run on."""
         unit = self.state.instances.get(name)
@@ -297,7 +310,11 @@ class _Work:
             return "it does not run" if self._path(name) in self.disk else "it is new"
         if unit.active != "active":
             return f"its unit is {unit.active}"
-        return self._why_not_run_on(name, unit.running) or restart.get(name)
+        return (
+            self._why_not_run_on(name, unit.running)
+            or ("it was out of the front when that ended" if self._is_unheard(name) else None)
+            or restart.get(name)
+        )
 
     def _why_not_run_on(self, name: str, running: Mark | None) -> str | None:
         mark = self.marks.get(name)
@@ -307,6 +324,8 @@ class _Work:
             return f"it moves from port {running.port} to {mark.port}"
         if running.digest != mark.digest:
             return self._what_changed(name, running)
+        if systemd.is_edited(self.disk.get(self._path(name), "")):
+            return "its unit was edited by hand"
         if mark.port not in self.state.listening:
             return f"nothing listens on its port {mark.port}"
         keys = self.wanted.fleet.service.api_keys_file
@@ -374,7 +393,7 @@ class _Work:
             self._stop(stops[0])
             gone.remove(stops[0])
         else:
-            self._renew(hops[:1], port=self._spare_port())
+            self._renew([hops[0]], port=self._spare_port())
 
     def _free(self, names: Sequence[str], gone: Sequence[str]) -> list[str]:
         """Those whose port nobody else holds, and whose GPU nobody fills who leaves and can be spared."""
@@ -466,19 +485,29 @@ class _Work:
         return unit is not None and unit.has_process
 
     def _take_out(self, names: Sequence[str]) -> None:
+        """Nobody asks them any more, and they have answered everything."""
         service = self.wanted.fleet.service
         out = {name: self.up.pop(name) for name in names if name in self.up}
-        if not out:
-            return
-        if not set(self.up) - self.state.drained:
-            self.notes.append(
-                f"nobody else speaks while {' and '.join(out)} restarts: requests get 503 with Retry-After"
-            )
-        self._show_front(out)
+        if out:
+            if not set(self.up) - self.state.drained:
+                who = " and ".join(out)
+                self.notes.append(f"nobody else speaks while {who} restarts: requests get 503 with Retry-After")
+            self._show_front(out)
+        # Out of the front already, one may still be at work.
+        quiet = {
+            name: (self.running[name].host, self.running[name].port)
+            for name in names
+            if name in self.running and self._is_active(name) and name not in out
+        }
+        # As it was started, whatever is to follow it: another server may not tell how busy it is.
         self.steps += [
             WaitIdle(name, host, port, service.stop_timeout_s, systemd.is_notify(self.disk.get(self._path(name), "")))
-            for name, (host, port) in out.items()
+            for name, (host, port) in {**out, **quiet}.items()
         ]
+
+    def _is_active(self, name: str) -> bool:
+        unit = self.state.instances.get(name)
+        return unit is not None and unit.active == "active"
 
     def _stop(self, name: str) -> None:
         self.reasons.append((name, "the fleet file asks for it no longer"))

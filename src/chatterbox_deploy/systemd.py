@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -56,6 +56,12 @@ def find_mark(text: str) -> Mark | None:
     """The mark in a unit's text, or in ``/proc/PID/environ``; ``None`` where there is none."""
     found = _MARK.search(text)
     return None if found is None else Mark(found[1], found[2], int(found[3]), found[4])
+
+
+def is_edited(text: str) -> bool:
+    """Whether somebody changed a unit after it was marked: its process may then run what no text of ours says."""
+    mark = find_mark(text)
+    return mark is not None and digest(text.replace(str(mark), str(replace(mark, digest="")))) != mark.digest
 
 
 def show_argv(units: Sequence[str], properties: Sequence[str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FAULTS = Path("/etc/chatterbox-tts/faults")
+FAULTS = Path(os.environ.get("FAULTS", "/etc/chatterbox-tts/faults"))
 
 POISON = "poison"
 """Breaks any engine that is asked to say it."""
@@ -71,6 +71,8 @@ class FaultyEngine:
         except FileNotFoundError:
             fault, number = "none", "0"
         self._fail(fault, int(number))
+        if fault == "silent":
+            return np.zeros(self.sample_rate_hz, dtype=np.float32)
         self._freed = False
         time.sleep(UTTERANCE_S)
         # The halves of a text have its numbers between them.

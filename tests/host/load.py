@@ -1,6 +1,9 @@
 """A steady load of POSTs for a while; prints what came back as JSON. Runs inside the sandbox, standard library only.
 
 load.py URL RATE_PER_S SECONDS [spelt]
+load.py URL RATE_PER_S FILE            until the file is there
+
+API_KEY_FILE in the environment holds the key that each request brings, as it is at that moment.
 
 ``spelt``: each text names the milliseconds of its sound, no two the same, as faulty_server.py speaks them; an answer
 to another request is then not ``ok``.
@@ -11,19 +14,25 @@ from __future__ import annotations
 import collections
 import http.client
 import io
+import itertools
 import json
+import os
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import wave
+from pathlib import Path
 
 
 def speak(url: str, text: str, spelt_s: float | None) -> tuple[str, str]:
     """(outcome, instance) of one request; ``ok`` only if the audio is whole, and as long as its text spells."""
     body = json.dumps({"input": text, "response_format": "wav"}).encode()
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if "API_KEY_FILE" in os.environ:
+        headers["Authorization"] = f"Bearer {Path(os.environ['API_KEY_FILE']).read_text().strip()}"
+    request = urllib.request.Request(url, data=body, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
             audio, instance = response.read(), response.headers["X-Instance"]
@@ -44,7 +53,7 @@ def speak(url: str, text: str, spelt_s: float | None) -> tuple[str, str]:
 
 
 def main() -> None:
-    url, rate_per_s, seconds, spelt = sys.argv[1], float(sys.argv[2]), float(sys.argv[3]), sys.argv[4:] == ["spelt"]
+    url, rate_per_s, end, spelt = sys.argv[1], float(sys.argv[2]), sys.argv[3], sys.argv[4:] == ["spelt"]
     outcomes: collections.Counter[str] = collections.Counter()
     instances: collections.Counter[str] = collections.Counter()
     lock = threading.Lock()
@@ -61,7 +70,8 @@ def main() -> None:
 
     threads = []
     begin = time.monotonic()
-    for number in range(int(rate_per_s * seconds)):
+    numbers = itertools.takewhile(lambda _: not Path(end).exists(), itertools.count())
+    for number in numbers if end.startswith("/") else range(int(rate_per_s * float(end))):
         time.sleep(max(0.0, begin + number / rate_per_s - time.monotonic()))
         threads.append(threading.Thread(target=one, args=(number,)))
         threads[-1].start()

@@ -431,6 +431,15 @@ gpu2: its unit changes: CHATTERBOX_MODEL
     )
 
 
+def test_a_spare_port_is_one_that_nobody_has() -> None:
+    swapped = want("[gpus]\n0 = 6094\n1 = 6093\n")
+
+    made = plan.plan(swapped, serving(TWO, listening=frozenset({6093, 6094, 6096, 6097})))
+
+    # 6095 is the front's.
+    assert made.reasons[0] == ("gpu0", "it moves from port 6093 to 6094, over port 6098, since another holds its own")
+
+
 def test_a_restart_that_was_asked_for_has_its_reason() -> None:
     assert (
         read(plan.plan(want(TWO), serving(TWO), restart={"gpu1": "it holds 9000 MB; 8000 MB are the limit"}))
@@ -488,6 +497,16 @@ def test_whatever_stands_in_the_way_is_said_at_once() -> None:
         "gpu2: something else listens on its port 6096; `ss -tlnp sport = :6096` names it",
         f"{KEYS}: missing; the fleet needs it",
     )
+
+
+def test_a_copy_of_a_unit_that_is_not_ours_makes_no_way_for_anybody() -> None:
+    before = serving(TWO)
+    gpu1 = render.UNIT_DIR / systemd.unit_name("gpu1")
+    files = {**before.files, gpu1: before.files[gpu1].partition("\n")[2]}
+
+    made = plan.plan(want("[gpus]\n0 = 6093\n2 = 6094\n"), replace(before, files=files))
+
+    assert made.problems == ("gpu2: something else listens on its port 6094; `ss -tlnp sport = :6094` names it",)
 
 
 def test_the_front_cannot_take_a_port_that_an_instance_still_holds() -> None:

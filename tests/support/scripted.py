@@ -324,18 +324,16 @@ class ScriptedHost(LocalHost):
     # Changes, and what must hold after each
 
     def _live(self) -> None:
-        if self._dead:
+        if self._dead or self._changes_left == 0:
+            self._dead = True
             raise Killed
 
     @contextmanager
     def _change(self, what: str) -> Iterator[None]:
         self._live()
-        if self._changes_left == 0:
-            self._dead = True
-            raise Killed(what)
+        yield
         if self._changes_left is not None:
             self._changes_left -= 1
-        yield
         self.history.append(what)
         in_service = self.in_service()
         away = (self._promise.lasting & self._served) - in_service
@@ -581,6 +579,9 @@ class ScriptedHost(LocalHost):
             self._object("nginx is told to reload a front that nginx -t never passed")
         with self._change(f"nginx serves {_summary(text)}"):
             self._serve_front()
+        deaf = self._up() - {unit.address for unit in self._units.values() if self._listens(unit)}
+        if deaf and self._promise.wanted is not None:
+            self._object(f"the front lists port {min(deaf)[1]}, where nobody listens")
         return Ran(0)
 
     def _serve_front(self) -> None:
