@@ -3,7 +3,7 @@
     sudo python scripts/prove_rollouts.py > scripts/prove_rollouts.txt
     sudo python scripts/prove_rollouts.py --requests 1000
 
-Every kind of change, again and again, then `kill -9` of `apply` at every step of a plan that swaps two ports and removes
+Every kind of change, again and again, then `kill -9` of `apply` at each step of a plan that swaps two ports and removes
 a GPU, each followed by `apply`, until so many requests were made. One line a kind of change.
 """
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.host import Answer, Host
     from chatterbox_deploy.steps import Step
 
-STAGING_DIR = PurePosixPath("/run/chatterbox-deploy/verify")
+STAGING_DIR = PurePosixPath("/run/chatterbox-deploy")
 """Units lie here, beside each other, while systemd reads them for the first time."""
 
 COMMAND_TIMEOUT_S = 90.0

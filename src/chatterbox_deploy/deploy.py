@@ -318,7 +318,7 @@ def removal(host: Host, *, purge: bool, force: bool) -> Removal:
     made = plan.plan_removal(state, keep=edited)
     kept = tuple(Change(render.RenderedFile(path, state.files[path]), written.get(str(path))) for path in edited)
     if purge:
-        there = [path for path in _PURGED if _is_there(host, path)]
+        there = [path for path in (*_PURGED, *_runtime_dirs(host, kept)) if _is_there(host, path)]
         logs = host.glob(PurePosixPath(SYSTEM.log_dir), "chatterbox-tts.access.log*")
         made = replace(made, steps=(*made.steps, *(Purge(path) for path in (*there, *logs))))
     return Removal(made, kept)
@@ -349,6 +349,13 @@ _PURGED = (
     LINK,
     PurePosixPath(config.VERSIONS_DIR),
 )
+
+
+def _runtime_dirs(host: Host, kept: Collection[Change]) -> list[PurePosixPath]:
+    """Of every instance that there ever was: where the user is made up, systemd leaves a link behind at each stop."""
+    units = {PurePosixPath(path).name for revision in ledger.revisions(host) for path in revision.files}
+    names = {systemd.instance_name(unit) for unit in units - {change.file.path.name for change in kept}}
+    return [PurePosixPath(f"/run/chatterbox-tts-{name}") for name in sorted(filter(None, names))]
 
 
 def _is_there(host: Host, path: PurePosixPath) -> bool:

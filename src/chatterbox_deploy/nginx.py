@@ -6,7 +6,7 @@ import re
 
 from chatterbox_deploy.fleet import Upstream
 
-_SERVER = re.compile(r"^ *server (\S+):([0-9]+)[^;]*; # ([a-z0-9-]+)(?:, (drained|leaving))?$", re.MULTILINE)
+_SERVER = re.compile(r"^ *server (\S+):([0-9]+)([^;]*); # ([a-z0-9-]+)(, leaving)?", re.MULTILINE)
 
 MAX_PASSES = 9
 """nginx follows ten internal redirects (``NGX_HTTP_MAX_URI_CHANGES``); the last one is for the error."""
@@ -20,8 +20,8 @@ def passes(instances: int) -> int:
 def find_upstreams(front: str) -> tuple[Upstream, ...]:
     """Who is listed in the text of a front that we wrote."""
     return tuple(
-        Upstream(name, host, int(port), drained=how == "drained", leaving=how == "leaving")
-        for host, port, name, how in _SERVER.findall(front)
+        Upstream(name, host, int(port), drained=" down" in how and not leaving, leaving=bool(leaving))
+        for host, port, how, name, leaving in _SERVER.findall(front)
     )
 
 

@@ -160,7 +160,7 @@ class Row:
     memory_bytes: int | None
     gpu_memory_bytes: int | None
     front: str | None
-    """``serving``, ``drained``, ``not listed``."""
+    """``serving``, ``drained``, ``leaving`` (about to restart, or a change was cut short), ``not listed``."""
 
     wrong: tuple[str, ...]
 
@@ -341,6 +341,8 @@ class _Seen:
             return None
         if self.listed is None:
             return "not listed"
+        if self.listed.leaving:
+            return "leaving"
         return "drained" if self.listed.drained else "serving"
 
     def _wrong(self) -> list[str]:
@@ -408,6 +410,8 @@ class _Seen:
 
     def _wrong_with_the_front(self) -> list[str]:
         assert self.instance is not None  # noqa: S101  asked only of an instance in the fleet file
+        if self._front() == "leaving":
+            return [f"out of the front while it restarts; if nobody changes the fleet now: {APPLY}"]
         if self._front() == "drained":
             return [f"drained: chatterbox-deploy undrain {self.name}"]
         if self._front() == "not listed":

@@ -1,4 +1,4 @@
-"""Apply and uninstall beside the units and sites of others, on a real systemd and a real nginx: theirs stay as they are.
+"""Apply and uninstall beside units and sites of others, on a real systemd and a real nginx: theirs stay as they are.
 
 Under load: ``test_live_changes.py``.
 """

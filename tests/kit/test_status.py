@@ -261,6 +261,15 @@ def test_a_drained_instance_is_told_with_the_way_back() -> None:
     assert not told.serves
 
 
+def test_one_that_a_change_left_out_of_the_front_is_told() -> None:
+    told = row(
+        with_front(fleet.Upstream("gpu0", "127.0.0.1", 6093), fleet.Upstream("gpu1", "127.0.0.1", 6094, leaving=True))
+    )
+
+    said = "out of the front while it restarts; if nobody changes the fleet now: chatterbox-deploy apply"
+    assert (told.front, told.wrong) == ("leaving", (said,))
+
+
 def test_an_instance_that_nginx_does_not_list_or_asks_for_elsewhere_is_told() -> None:
     unlisted = report(with_front(fleet.Upstream("gpu0", "127.0.0.1", 6093)))
     elsewhere = row(with_front(fleet.Upstream("gpu0", "127.0.0.1", 6093), fleet.Upstream("gpu1", "127.0.0.1", 7000)))

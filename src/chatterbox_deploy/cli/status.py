@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {
     "ready": "green", "serving": "green", "active/running": "green",
-    "draining": "yellow", "drained": "yellow", "activating": "yellow", "deactivating": "yellow",
+    "draining": "yellow", "drained": "yellow", "leaving": "yellow", "activating": "yellow", "deactivating": "yellow",
     "not ready": "red", "no answer": "red", "not listed": "red", "not installed": "red", "failed": "red",
 }  # fmt: skip
 
