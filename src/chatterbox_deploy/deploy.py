@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import apply, config, difference, ledger, nginx, observe, plan, render, systemd
+from chatterbox_deploy import apply, config, difference, facts, ledger, nginx, observe, plan, render, systemd
 from chatterbox_deploy.difference import Change
 from chatterbox_deploy.errors import CommandFailed, ForeignFile
+from chatterbox_deploy.facts import HostState
 from chatterbox_deploy.fleet import SYSTEM
 from chatterbox_deploy.ledger import Revision
-from chatterbox_deploy.plan import HostState, Plan
+from chatterbox_deploy.plan import Plan
 from chatterbox_deploy.steps import PointLink, Purge, ShowFront, WaitIdle
 from chatterbox_deploy.templates import Templates
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
+    from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.ledger import Ledger
-    from chatterbox_deploy.plan import Wanted
     from chatterbox_deploy.render import RenderedFile
     from chatterbox_deploy.steps import Step
 
@@ -131,7 +132,7 @@ def want(asked: Blueprint) -> Wanted:
     fleet = config.load(asked.fleet_toml, source=asked.source)
     if asked.version is not None:
         fleet = fleet.with_version(asked.version)
-    wanted = plan.want(fleet, Templates(asked.templates), source=asked.source)
+    wanted = facts.want(fleet, Templates(asked.templates), source=asked.source)
     return wanted if asked.files is None else replace(wanted, files=asked.files)
 
 
@@ -170,6 +171,7 @@ def carry_out(host: Host, proposal: Proposal, author: Author, progress: Progress
         CommandFailed: a step failed, and there was nothing to go back to, or going back failed, too.
     """
     ledger.begin(host, who=author.who, command=author.command)
+    _tidy(host)
     try:
         apply.carry_out(proposal.plan.steps, host, progress(len(proposal.plan.steps)))
     except CommandFailed as error:
@@ -178,6 +180,13 @@ def carry_out(host: Host, proposal: Proposal, author: Author, progress: Progress
     number = _remember(host, proposal, author)
     ledger.log(host, who=author.who, command=author.command, result=f"done: revision {number}")
     return number
+
+
+def _tidy(host: Host) -> None:
+    """Remove files that were half written when somebody pulled the plug; nobody reads them by these names."""
+    for directory, pattern in ((render.UNIT_DIR, ".chatterbox-tts*"), (render.FRONT_PATH.parent, ".chatterbox-tts*")):
+        for path in host.glob(directory, pattern):
+            host.remove(path)
 
 
 def _gone_back(host: Host, author: Author, error: CommandFailed, progress: Progress) -> CommandFailed:
@@ -331,6 +340,7 @@ def remove(host: Host, removal: Removal, author: Author, progress: Progress, *, 
         CommandFailed: a step failed; typed again, it goes on.
     """
     ledger.begin(host, who=author.who, command=author.command)
+    _tidy(host)
     apply.carry_out(removal.plan.steps, host, progress(len(removal.plan.steps)))
     if purge:
         host.remove(ledger.DIR)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_deploy import render, systemd
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.plan import HostState, UnitState
+from chatterbox_deploy.facts import HostState, UnitState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

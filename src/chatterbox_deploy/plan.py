@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import difference, fleet, nginx, render, systemd
+from chatterbox_deploy import difference, nginx, render, systemd
 from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.fleet import Upstream
 from chatterbox_deploy.steps import (
@@ -25,100 +25,14 @@ from chatterbox_deploy.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import PurePosixPath
 
-    from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.difference import Change
-    from chatterbox_deploy.fleet import Fleet
+    from chatterbox_deploy.facts import HostState, Wanted
     from chatterbox_deploy.render import RenderedFile
     from chatterbox_deploy.steps import Step
     from chatterbox_deploy.systemd import Mark
-    from chatterbox_deploy.templates import Templates
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a host should hold: a fleet and its files, and how to write the texts that stand only for a while."""
-
-    fleet: Fleet
-    files: tuple[RenderedFile, ...]
-    front: Callable[[Sequence[Upstream]], str]
-    """The front with those behind it."""
-
-    unit_on: Callable[[str, int], RenderedFile]
-    """The unit of an instance (by name), were it on that port."""
-
-
-def want(config: FleetConfig, templates: Templates, *, source: str) -> Wanted:
-    """What ``config`` asks of a host.
-
-    Raises:
-        TemplateError: a template cannot be filled in.
-    """
-    resolved = fleet.resolve(config)
-
-    def front(upstreams: Sequence[Upstream]) -> str:
-        return render.front(resolved, templates, source=source, upstreams=upstreams)
-
-    def unit_on(name: str, port: int) -> RenderedFile:
-        before = next(instance.port for instance in resolved.instances if instance.name == name)
-        moved = fleet.resolve(config.with_port(before, port))
-        instance = next(instance for instance in moved.instances if instance.name == name)
-        return render.instance_unit(moved, instance, templates, source=source)
-
-    return Wanted(resolved, render.render(resolved, templates, source=source), front, unit_on)
-
-
-@dataclass(frozen=True, slots=True)
-class UnitState:
-    """An instance as systemd knows it, whoever wrote its unit."""
-
-    active: str
-    """ActiveState: active, activating, deactivating, failed, inactive."""
-
-    running: Mark | None
-    """What its process says of itself; ``None`` where none runs."""
-
-    has_process: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """What is on a host."""
-
-    files: Mapping[PurePosixPath, str] = field(default_factory=dict)
-    """Texts of the files that are wanted, or have a name that we give to files; whoever wrote them."""
-
-    instances: Mapping[str, UnitState] = field(default_factory=dict)
-    """Every unit that is an instance of ours by name, by the instance's name; ours or not."""
-
-    enabled: bool = False
-    """Whether the target starts at boot."""
-
-    active: bool = False
-    """Whether the target is active."""
-
-    listening: frozenset[int] = frozenset()
-    """TCP ports on which something listens."""
-
-    edited: frozenset[PurePosixPath] = frozenset()
-    """Files of ours that somebody changed by hand."""
-
-    changed_keys: frozenset[str] = frozenset()
-    """Files of API keys whose content is not what was last applied."""
-
-    missing: frozenset[str] = frozenset()
-    """Files that the wanted fleet needs and that are not there: keys, certificates, programs."""
-
-    drained: frozenset[str] = frozenset()
-    """Instances that an operator took out of the front (``drain``)."""
-
-    interrupted: str | None = None
-    """A plan that was begun and never ended, in words."""
-
-    stale: bool = False
-    """systemd has not read a unit file that changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,11 +261,12 @@ class _Work:
 
     def _begin(self) -> None:
         """Everything that may be refused, before anything restarts."""
-        if self.link is not None:
-            self.steps.append(self.link)
         units = tuple(file for file in self.wanted.files if file.path.parent == render.UNIT_DIR)
         if any(self.disk.get(file.path) != file.text for file in units):
             self.steps.append(VerifyUnits(units))
+        # Before anything that it is for: cut short from here on, the next plan goes on with this version.
+        if self.link is not None:
+            self.steps.append(self.link)
         # A drain that nobody asked for is left over from a plan that was cut short: it ends here.
         self._show_front(force=self.state.interrupted is not None or bool(self._front_keys()), first=True)
         common = [file for file in units if file.path not in self.units]

@@ -38,13 +38,14 @@ kill $ballast
 exit $status
 """
 
-# Kills apply as it says that it begins a step; ends well if there was something to kill.
-KILLED = f"""
-touch /run/apply.log; {APPLY} 2> /run/apply.log & applying=$!
+# Ends apply with a signal as it says that it begins a step; ends well if there was something to end.
+CUT_SHORT = f"""
+touch /run/apply.log
+env --default-signal=INT {APPLY} 2> /run/apply.log & applying=$!
 while kill -0 $applying 2>/dev/null && ! grep -q '^\\[{{step}}/' /run/apply.log; do sleep 0.01; done
-pkill -KILL -f '[c]hatterbox_deploy apply'; wait $applying; status=$?
+kill -{{signal}} $applying; wait $applying; status=$?
 tail -1 /run/apply.log
-[ $status = 137 ]
+[ $status = {{status}} ]
 """
 
 TWO = {"0": "6093", "1": "6094"}
@@ -149,10 +150,14 @@ class LiveFleet:
         said = self.sandbox.run("bash", "-c", f"chatterbox-deploy plan {FLEET_TOML} > /run/plan 2>&1; echo $?")
         return int(said)
 
+    def cut_short(self, step: int, signal: str = "KILL", status: int = 137) -> Change:
+        """``apply``, ended as its step of that number begins; its status is 0 if it ended with ``status``."""
+        self.sandbox.write("/run/cut-short", CUT_SHORT.format(step=step, signal=signal, status=status))
+        return self.change(f"kill -{signal} at step {step}", "bash /run/cut-short")
+
     def killed_at(self, step: int) -> tuple[Change, Change]:
         """``apply``, killed as its step of that number begins, and ``apply`` again."""
-        self.sandbox.write("/run/killed", KILLED.format(step=step))
-        return self.change(f"kill -9 at step {step}", "bash /run/killed"), self.change("apply again", APPLY)
+        return self.cut_short(step), self.change("apply again", APPLY)
 
 
 def every_change(fleet: LiveFleet) -> None:

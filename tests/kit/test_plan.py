@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import apply, config, observe, plan, render, systemd
+from chatterbox_deploy import apply, config, facts, observe, plan, render, systemd
+from chatterbox_deploy.facts import HostState, UnitState
 from chatterbox_deploy.ledger import Ledger
-from chatterbox_deploy.plan import HostState, Plan, UnitState
 from chatterbox_deploy.steps import PointLink
 from chatterbox_deploy.templates import Templates
 from support.scripted import scripted_host
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.plan import Wanted
+    from chatterbox_deploy.facts import Wanted
+    from chatterbox_deploy.plan import Plan
 
 ONE = "[gpus]\n0 = 6093\n"
 TWO = "[gpus]\n0 = 6093\n1 = 6094\n"
@@ -25,7 +26,7 @@ KEYS = "/etc/chatterbox-tts/api-keys"
 
 
 def want(toml: str, source: str = "/etc/chatterbox-tts/fleet.toml") -> Wanted:
-    return plan.want(config.load(toml, source=source), Templates(), source=source)
+    return facts.want(config.load(toml, source=source), Templates(), source=source)
 
 
 def serving(toml: str, **changes: Any) -> HostState:

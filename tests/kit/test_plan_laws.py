@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from chatterbox_deploy import apply, deploy, ledger, observe, plan, render, systemd
+from chatterbox_deploy import apply, deploy, facts, ledger, observe, plan, render, systemd
 from chatterbox_deploy.deploy import Author, Blueprint, Proposal, WentBack
 from chatterbox_deploy.difference import Change
 from chatterbox_deploy.errors import CommandFailed
@@ -245,6 +245,7 @@ def test_interrupted_anywhere_the_next_one_finishes_the_job_or_undoes_it(
             proposal = propose(host, pair.after, pair.max_unavailable)
         if undone and ledger.read(host).interrupted is not None:
             proposal = proposal_for(host, deploy.previous(host), pair.max_unavailable)
+            watch(host, proposal, pair.max_unavailable)
 
         carry_out(host, proposal)
 
@@ -388,19 +389,19 @@ def served() -> Any:
         yield host, proposal.wanted
 
 
-def front(wanted: plan.Wanted, *down: str) -> ShowFront:
+def front(wanted: facts.Wanted, *down: str) -> ShowFront:
     upstreams = tuple(Upstream(i.name, i.host, i.port, drained=i.name in down) for i in wanted.fleet.instances)
     return ShowFront(Change(RenderedFile(render.FRONT_PATH, wanted.front(upstreams)), None), upstreams)
 
 
-def test_the_host_objects_when_the_front_lists_whom_nobody_hears(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_the_front_lists_whom_nobody_hears(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
     host.crash("gpu0")
 
     assert objected(host, front(wanted)) == "the front lists port 6100, where nobody listens"
 
 
-def test_a_front_that_nginx_refuses_is_put_back_by_the_step_itself(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_a_front_that_nginx_refuses_is_put_back_by_the_step_itself(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
     before = host.contents("/etc")
     shown = front(wanted, "gpu0")
@@ -413,13 +414,13 @@ def test_a_front_that_nginx_refuses_is_put_back_by_the_step_itself(served: tuple
     assert host.contents("/etc") == before
 
 
-def test_the_host_objects_when_somebody_stops_whom_the_front_lists(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_somebody_stops_whom_the_front_lists(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, _ = served
 
     assert objected(host, StopUnits((GPU0,))) == f"{GPU0} is stopped, and the front lists its port 6100"
 
 
-def test_the_host_objects_when_one_is_stopped_that_still_speaks(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_one_is_stopped_that_still_speaks(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
 
     said = objected(host, front(wanted, "gpu0"), StopUnits((GPU0,)))
@@ -427,7 +428,7 @@ def test_the_host_objects_when_one_is_stopped_that_still_speaks(served: tuple[Sc
     assert said == f"{GPU0} is stopped before it has answered what it was asked"
 
 
-def test_the_host_objects_when_too_many_are_away(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_too_many_are_away(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
 
     said = objected(host, front(wanted, "gpu0"), front(wanted, "gpu0", "gpu1"))
@@ -435,14 +436,14 @@ def test_the_host_objects_when_too_many_are_away(served: tuple[ScriptedHost, pla
     assert said == "gpu0, gpu1 are away, more than 1 at once"
 
 
-def test_the_host_objects_when_nobody_speaks(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_nobody_speaks(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
     host.promise(wanted, max_unavailable=2, somebody=True)
 
     assert objected(host, front(wanted, "gpu0", "gpu1")) == "nobody is in service"
 
 
-def test_the_host_objects_when_one_starts_on_a_port_that_is_held(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_one_starts_on_a_port_that_is_held(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
     host.promise(None)
     gpu2 = RenderedFile(render.UNIT_DIR / systemd.unit_name("gpu2"), wanted.unit_on("gpu0", 6101).text)
@@ -452,7 +453,7 @@ def test_the_host_objects_when_one_starts_on_a_port_that_is_held(served: tuple[S
     assert said == f"{gpu2.path.name} starts on port 6101, which {GPU1} holds"
 
 
-def test_the_host_objects_when_something_restarts_that_nobody_judged(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_something_restarts_that_nobody_judged(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, _ = served
     proposal = propose(host, {"gpus": ONE, "server": {"model": "turbo"}})
     watch(host, proposal)
@@ -466,7 +467,7 @@ def test_the_host_objects_when_something_restarts_that_nobody_judged(served: tup
     )
 
 
-def test_the_host_objects_when_nginx_reloads_what_it_never_judged(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_the_host_objects_when_nginx_reloads_what_it_never_judged(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, wanted = served
     untested = WriteFiles((front(wanted, "gpu0").change,))
 
@@ -475,7 +476,7 @@ def test_the_host_objects_when_nginx_reloads_what_it_never_judged(served: tuple[
     assert said == "nginx is told to reload a front that nginx -t never passed"
 
 
-def test_a_unit_runs_the_text_that_systemd_read_last(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_a_unit_runs_the_text_that_systemd_read_last(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, _ = served
     old = host.running()
     turbo = propose(host, {"gpus": ONE, "server": {"model": "turbo"}}).wanted
@@ -490,7 +491,7 @@ def test_a_unit_runs_the_text_that_systemd_read_last(served: tuple[ScriptedHost,
     assert observe.state(host, ledger.read(host), wanted=turbo.files).stale
 
 
-def test_a_killed_one_cannot_clean_up(served: tuple[ScriptedHost, plan.Wanted]) -> None:
+def test_a_killed_one_cannot_clean_up(served: tuple[ScriptedHost, facts.Wanted]) -> None:
     host, _ = served
     proposal = propose(host, {"gpus": ONE, "server": {"model": "turbo"}})
 

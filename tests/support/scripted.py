@@ -30,7 +30,7 @@ from chatterbox_deploy.host import Answer, LocalHost, Ran
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from chatterbox_deploy.plan import Wanted
+    from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.render import RenderedFile
 
 START_S = 8.0
