@@ -4,7 +4,8 @@
     sudo python scripts/prove_rollouts.py --requests 1000
 
 Every kind of change, again and again, then `kill -9` of `apply` at each step of a plan that swaps two ports and removes
-a GPU, each followed by `apply`, until so many requests were made. One line a kind of change.
+a GPU, each followed by `apply`, until so many requests were made. One line a kind of change; "retried" is what the
+front asked a second instance for, by its log.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from host import live
 from host.live import APPLY, TWO, LiveFleet, fleet_toml
 from support import sandbox
+
+
+def every_change(fleet: LiveFleet) -> None:
+    """Each of them has to be made: one that was gone back on would lose nothing either."""
+    made = len(fleet.changes)
+    live.every_change(fleet)
+    for change in fleet.changes[made:]:
+        if change.status != 0:
+            sys.exit(f"{change.name}: exit status {change.status}\n{change.said}")
 
 
 def killed_at_every_step(fleet: LiveFleet) -> None:
@@ -57,10 +67,10 @@ def main() -> None:
         fleet.install()
         print(f"# {platform.machine()}, {os.cpu_count()} cores; {asked.rate} requests a second")
         while sum(change.requests for change in fleet.changes) < asked.requests / 2:
-            live.every_change(fleet)
+            every_change(fleet)
         killed_at_every_step(fleet)
         while sum(change.requests for change in fleet.changes) < asked.requests:
-            live.every_change(fleet)
+            every_change(fleet)
     finally:
         subprocess.run([sandbox.COMMAND, "down", name], check=True)
     report(fleet)
@@ -70,11 +80,11 @@ def report(fleet: LiveFleet) -> None:
     kinds: dict[str, list[live.Change]] = defaultdict(list)
     for change in fleet.changes:
         kinds[re.sub(r" at step .*", " at each step", change.name)].append(change)
-    row = "{:<34} {:>6} {:>9} {:>6} {:>16}".format
-    print(row("change", "times", "requests", "lost", "seconds, longest"))
+    row = "{:<34} {:>6} {:>9} {:>6} {:>8} {:>16}".format
+    print(row("change", "times", "requests", "lost", "retried", "seconds, longest"))
     for kind, changes in [*kinds.items(), ("all", fleet.changes)]:
-        requests, lost = sum(each.requests for each in changes), sum(each.lost for each in changes)
-        print(row(kind, len(changes), requests, lost, f"{max(each.seconds for each in changes):.1f}"))
+        counts = [sum(getattr(each, name) for each in changes) for name in ("requests", "lost", "retried")]
+        print(row(kind, len(changes), *counts, f"{max(each.seconds for each in changes):.1f}"))
     for change in fleet.changes:
         if change.lost:
             print(f"# lost: {change.name}: {dict(change.outcomes)}")

@@ -20,6 +20,8 @@ FRONT = "http://127.0.0.1:6095/v1/audio/speech"
 APPLY = f"chatterbox-deploy apply {FLEET_TOML}"
 VERSIONS = "/opt/chatterbox-tts/versions"
 RATE_PER_S = 25
+FRONT_LOG = "/var/log/nginx/chatterbox-tts.access.log"
+RETRIED = """'"tries":"[0-9]* : '"""
 DONE = "/run/load-done"
 KEY = "/run/client-key"
 
@@ -78,6 +80,8 @@ class Change:
     said: str
     seconds: float
     outcomes: Mapping[str, int]
+    retried: int
+    """Requests that the front asked a second instance for, by its log."""
 
     @property
     def requests(self) -> int:
@@ -127,7 +131,7 @@ class LiveFleet:
 
     def change(self, name: str, *commands: str) -> Change:
         """Type commands, one after the other while all goes well, under load; half a second before and after."""
-        self.sandbox.run("rm", "-f", DONE)
+        seen = self.sandbox.run("sh", "-c", f"rm -f {DONE}; cat {FRONT_LOG} | wc -l")
         load = self.sandbox.start(
             "env", f"API_KEY_FILE={KEY}", PYTHON, f"{TESTS}/load.py", FRONT, str(self.rate_per_s), DONE
         )
@@ -141,7 +145,8 @@ class LiveFleet:
         outcomes = json.loads(load.communicate()[0])["outcomes"]
         *lines, last = said.splitlines()
         took_ms, status = map(int, last.split())
-        made = Change(name, status, "\n".join(lines), took_ms / 1000, Counter(outcomes))
+        retried = self.sandbox.run("sh", "-c", f"tail -n +{int(seen) + 1} {FRONT_LOG} | grep -c {RETRIED} || true")
+        made = Change(name, status, "\n".join(lines), took_ms / 1000, Counter(outcomes), int(retried))
         self.changes.append(made)
         return made
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.systemd
 
+LINK = "/opt/chatterbox-tts/venv"
+
 
 @pytest.fixture(scope="module")
 def fleet(boot: Callable[[], Sandbox]) -> LiveFleet:
@@ -47,7 +49,7 @@ def test_rollback_brings_back_the_version_and_the_settings_that_were(fleet: Live
     fleet.write(fleet_toml(server='model = "turbo"'))
 
     forth = fleet.change("upgrade", f"chatterbox-deploy rollout {FLEET_TOML} --version second")
-    upgraded = running(fleet)
+    upgraded, link = running(fleet), fleet.sandbox.run("readlink", LINK)
     back = fleet.change("rollback", "chatterbox-deploy rollback")
 
     assert (forth.status, back.status) == (0, 0), forth.said + back.said
@@ -55,7 +57,7 @@ def test_rollback_brings_back_the_version_and_the_settings_that_were(fleet: Live
     assert upgraded == {("second", "turbo")}
     assert running(fleet) == first
     assert (forth.lost, back.lost) == (0, 0)
-    assert fleet.sandbox.run("readlink", "/opt/chatterbox-tts/venv") == "versions/first\n"
+    assert (link, fleet.sandbox.run("readlink", LINK)) == ("versions/second\n", "versions/first\n")
     one, two = history(fleet)
     assert one.startswith("*    1  ")
     assert two.startswith("     2  ")

@@ -114,7 +114,7 @@ def assert_is_as_wanted(host: ScriptedHost, again: Proposal) -> None:
 # 1, and on the way 2 to 5
 
 
-@laws(120)
+@laws(60)
 @given(pair=fleets.related_pairs(), source=st.sampled_from([SOURCE, "/home/ada/fleet.toml"]))
 # Each takes the port of the next: the last one that speaks has to move, too.
 @example(pair=Pair({"gpus": {"0": 6100, "1": 6101}}, {"gpus": {"1": 6100, "2": 6101}}), source=SOURCE)
@@ -141,7 +141,7 @@ def test_where_only_comments_change_nothing_restarts(pair: Pair) -> None:
         assert not [what for what in host.history[before:] if what.startswith(("start ", "stop "))]
 
 
-@laws(30)
+@laws(20)
 @given(pair=fleets.related_pairs())
 def test_a_plan_is_a_function_of_what_is_wanted_and_what_is_there(pair: Pair) -> None:
     with scripted_host() as host:
@@ -154,7 +154,7 @@ def test_a_plan_is_a_function_of_what_is_wanted_and_what_is_there(pair: Pair) ->
             assert made == plan.plan(first.wanted, first.state, max_unavailable=pair.max_unavailable)
 
 
-@laws(30)
+@laws(20)
 @given(pair=fleets.related_pairs(), data=st.data())
 def test_instances_that_crashed_are_started_and_the_others_left_alone(pair: Pair, data: st.DataObject) -> None:
     with scripted_host() as host:
@@ -179,7 +179,7 @@ REFUSED = [("units", "server", "environment", {"X_1": "refused"}), ("front", "ng
 
 
 @pytest.mark.parametrize(("what", "section", "key", "value"), REFUSED, ids=["units", "front"])
-@laws(30)
+@laws(20)
 @given(pair=fleets.related_pairs())
 def test_refused_text_is_put_back_and_nothing_restarts(
     what: str, section: str, key: str, value: object, pair: Pair
@@ -227,7 +227,7 @@ def interrupted(host: ScriptedHost, proposal: Proposal, changes: int, later_s: f
     return False
 
 
-@laws(120)
+@laws(60)
 @given(
     pair=fleets.related_pairs(),
     cuts=st.lists(st.tuples(st.integers(0, 90), st.sampled_from([0.0, 3.0, 60.0])), min_size=1, max_size=3),
@@ -291,7 +291,7 @@ def test_interrupted_after_every_single_change_the_next_one_finishes_the_job(pai
 # What goes wrong
 
 
-@laws(30)
+@laws(20)
 @given(pair=fleets.related_pairs(), fault=st.sampled_from(["crash", "never ready", "silent"]))
 @example(pair=Pair({"gpus": {"0": 6100}}, {"gpus": {"0": 6100, "1": 6101}}), fault="crash")
 def test_a_fleet_that_does_not_come_up_gives_way_to_the_old_one_which_serves_throughout(
@@ -322,7 +322,7 @@ FOREIGN = {
 }
 
 
-@laws(30)
+@laws(20)
 @given(pair=fleets.related_pairs(), purge=st.booleans())
 def test_what_others_wrote_is_the_same_after_install_change_and_uninstall(pair: Pair, purge: bool) -> None:
     with scripted_host() as host:
