@@ -54,6 +54,7 @@ TWO = {"0": "6093", "1": "6094"}
 
 
 def fleet_toml(gpus: Mapping[str, str] = TWO, *, nginx: str = "", server: str = "", unit: str = "") -> str:
+    """Room and time enough for all who ask: on a machine that is busy with something else, they wait."""
     table = "\n".join(f'"{gpu}" = {port}' for gpu, port in gpus.items())
     return f"""
 [gpus]
@@ -62,10 +63,10 @@ def fleet_toml(gpus: Mapping[str, str] = TWO, *, nginx: str = "", server: str = 
 {nginx}
 [server]
 engine = "espeak"
-queue_size = 100
+queue_size = 1000
+max_wait_s = 100
 {server}
 [unit]
-watchdog_s = 5
 restart_delay_s = 1
 {unit}
 """

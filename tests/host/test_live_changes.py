@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from host import live
-from host.live import APPLY, FLEET_TOML, LiveFleet, fleet_toml
+from host.live import APPLY, FLEET_TOML, TWO, LiveFleet, fleet_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,25 +76,29 @@ def test_a_broken_version_is_gone_back_on_while_the_old_fleet_serves(fleet: Live
     assert fleet.sandbox.run("readlink", "/opt/chatterbox-tts/venv") == "versions/first\n"
 
 
-def test_what_is_drained_gets_nothing_until_it_is_put_back(fleet: LiveFleet) -> None:
-    fleet.write(fleet_toml())
-    fleet.change("as it was", APPLY)
-    fleet.sandbox.run("chatterbox-deploy", "drain", "1")
+def test_what_is_drained_gets_nothing_until_it_is_put_back_also_while_all_change(fleet: LiveFleet) -> None:
+    three = {**TWO, "2": "6096"}
+    fleet.write(fleet_toml(three))
+    fleet.change("a third", APPLY)
 
-    def spoken() -> str:
-        return fleet.sandbox.run("sh", "-c", "curl -s http://127.0.0.1:6094/readyz | grep -o '\"spoken\":[0-9]*'")
+    def asked() -> int:
+        said = fleet.sandbox.run("sh", "-c", f'grep -c \'"tried":"[^"]*:6094\' {live.FRONT_LOG} || true')
+        return int(said)
 
-    before = spoken()
-    change = fleet.change("only one speaks", "sleep 2", APPLY)
+    drained = fleet.change("drain", "chatterbox-deploy drain 1")
+    before, first = asked(), fleet.sandbox.show("chatterbox-tts-gpu1", "InvocationID")
+    fleet.write(fleet_toml(three, server='model = "turbo"'))
+    change = fleet.change("all change", APPLY)
 
-    assert (change.lost, spoken()) == (0, before)
+    assert (drained.status, change.status, drained.lost, change.lost) == (0, 0, 0, 0), drained.said + change.said
+    assert asked() == before
+    assert fleet.sandbox.show("chatterbox-tts-gpu1", "InvocationID") != first
     assert fleet.plan_status() == 0
     status = fleet.sandbox.run("sh", "-c", f"chatterbox-deploy status {FLEET_TOML}; echo $?")
     assert "chatterbox-deploy undrain gpu1" in status
     assert status.endswith("1\n")
-    fleet.sandbox.run("chatterbox-deploy", "undrain", "1")
-    assert fleet.change("both speak", "sleep 2").lost == 0
-    assert spoken() != before
+    assert fleet.change("undrain", "chatterbox-deploy undrain 1", "sleep 1").lost == 0
+    assert asked() > before
 
 
 def test_two_at_once_do_not_meet(fleet: LiveFleet) -> None:
