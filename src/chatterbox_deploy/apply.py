@@ -11,7 +11,7 @@ import wave
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import observe, systemd
+from chatterbox_deploy import nginx, observe, systemd
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.render import RenderedFile
 from chatterbox_deploy.steps import (
@@ -30,8 +30,9 @@ from chatterbox_deploy.steps import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from chatterbox_deploy.fleet import Upstream
     from chatterbox_deploy.host import Answer, Host
     from chatterbox_deploy.steps import Step
 
@@ -129,7 +130,17 @@ def _show(step: ShowFront, host: Host) -> None:
         raise CommandFailed(msg)
     workers = _nginx_workers(host)
     host.run(("systemctl", "reload-or-restart", "nginx.service"), timeout_s=COMMAND_TIMEOUT_S)
-    _wait_for_new_workers(workers, host, grace_s=GRACE_S if any(each.leaving for each in step.upstreams) else 0.0)
+    _wait_for_new_workers(workers, host, grace_s=GRACE_S if _takes_somebody_out(step) else 0.0)
+
+
+def _takes_somebody_out(step: ShowFront) -> bool:
+    """Or may have done so before: the same front is shown again only after an interruption."""
+
+    def asked(upstreams: Iterable[Upstream]) -> set[tuple[str, int]]:
+        return {(each.host, each.port) for each in upstreams if not (each.drained or each.leaving)}
+
+    before = step.change.before or ""
+    return before == step.change.file.text or bool(asked(nginx.find_upstreams(before)) - asked(step.upstreams))
 
 
 def _nginx_workers(host: Host) -> list[str]:

@@ -80,11 +80,17 @@ class HostState:
     active: bool = False
     """Whether the target is active."""
 
+    timed: bool = False
+    """Whether the timer that recycles runs."""
+
     listening: frozenset[int] = frozenset()
     """TCP ports on which something listens."""
 
     edited: frozenset[PurePosixPath] = frozenset()
     """Files of ours that somebody changed by hand."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of API keys that the fleet names and that is there, by its path."""
 
     changed_keys: frozenset[str] = frozenset()
     """Files of API keys whose content is not what was last applied."""
@@ -96,7 +102,7 @@ class HostState:
     """Instances that an operator took out of the front (``drain``)."""
 
     interrupted: str | None = None
-    """A plan that was begun and never ended, in words."""
+    """The command of a change that was begun and never ended."""
 
     stale: bool = False
     """systemd has not read a unit file that changed."""

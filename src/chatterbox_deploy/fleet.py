@@ -188,6 +188,12 @@ class Fleet:
     service: Service
     places: Places
 
+    @property
+    def key_files(self) -> tuple[str, ...]:
+        """The front's file of API keys and the instances' own, where it has them."""
+        files = (self.front.api_keys_file, self.service.api_keys_file)
+        return tuple(path for path in files if path is not None)
+
 
 def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
     """Decide everything that ``config`` leaves open."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from chatterbox_deploy.errors import CommandFailed
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from chatterbox_deploy.render import RenderedFile
+
+
+_LONGEST_CHAIN = 40
+"""Links that one path may lead over, as in the kernel (path_resolution(7))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class Host(Protocol):
         ...
 
     def run(self, argv: Sequence[str], *, timeout_s: float, check: bool = True) -> Ran:
-        """Run a command to its end.
+        """Run a command to its end, on this machine whatever the root is.
 
         Raises:
             CommandFailed: it is not there, did not end in time, or (``check``) its exit status is not 0.
@@ -111,8 +115,8 @@ class Host(Protocol):
         """One HTTP request; ``None`` if nobody answered in time."""
         ...
 
-    def lock(self, path: PurePosixPath) -> AbstractContextManager[None]:
-        """Hold the lock at ``path``; the kernel lets go of it when we die.
+    def lock(self, path: PurePosixPath, holder: str) -> AbstractContextManager[None]:
+        """Hold the lock at ``path`` as ``holder``; the kernel lets go of it when we die.
 
         Raises:
             CommandFailed: somebody else holds it.
@@ -139,26 +143,45 @@ class LocalHost:
         """Absolute paths are taken below ``root``."""
         self._root = root
 
-    def at(self, path: PurePosixPath) -> Path:
-        """Where an absolute path of the host lies on this machine."""
-        return self._root / path.relative_to("/")
+    def at(self, path: PurePosixPath, *, followed: bool = False) -> Path:
+        """Where an absolute path of the host lies on this machine; links on the way are the host's, as in a chroot.
+
+        The last name is meant itself, be it a link, unless it is to be ``followed``.
+        """
+        if self._root == Path("/"):
+            return Path(path)
+        place = self._root
+        left = list(reversed(path.relative_to("/").parts))
+        links = 0
+        while left:
+            part = left.pop()
+            if part == "..":
+                place = place.parent if place != self._root else place
+            elif (left or followed) and (place / part).is_symlink() and (links := links + 1) <= _LONGEST_CHAIN:
+                target = PurePosixPath((place / part).readlink())
+                place = self._root if target.is_absolute() else place
+                left += reversed(target.relative_to("/").parts if target.is_absolute() else target.parts)
+            else:
+                place /= part
+        return place
 
     def read_bytes(self, path: PurePosixPath) -> bytes | None:
         """See ``Host``."""
+        place = self.at(path, followed=True)
         try:
             # Not a FIFO, which would make us wait for a writer, nor the /dev/null of a masked unit.
-            if not stat.S_ISREG(self.at(path).stat().st_mode):
-                msg = f"cannot read {self.at(path)}: not a regular file"
+            if not stat.S_ISREG(place.stat().st_mode):
+                msg = f"cannot read {place}: not a regular file"
                 raise CommandFailed(msg)
-            return self.at(path).read_bytes()
+            return place.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _failed("read", self.at(path), error) from None
+            raise _failed("read", place, error) from None
 
     def glob(self, directory: PurePosixPath, pattern: str) -> list[PurePosixPath]:
         """See ``Host``."""
-        place = self.at(directory)
+        place = self.at(directory, followed=True)
         return sorted(directory / found.relative_to(place) for found in place.glob(pattern) if found.is_file())
 
     def write_files(self, files: Sequence[RenderedFile]) -> None:
@@ -280,25 +303,18 @@ class LocalHost:
             connection.close()
 
     @contextmanager
-    def lock(self, path: PurePosixPath) -> Iterator[None]:
+    def lock(self, path: PurePosixPath, holder: str) -> Iterator[None]:
         """See ``Host``."""
         place = self.at(path)
-        try:
-            place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise _failed("lock", place, error) from None
-        with os.fdopen(descriptor, "r+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = stream.read().strip() or "another process"
-                msg = f"cannot begin: {holder} is changing this fleet now (it holds {place})"
-                raise CommandFailed(msg) from None
+        with _locked(place) as stream:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()}")
+            stream.write(f"`{holder}` (process {os.getpid()})")
             stream.flush()
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    place.unlink()
 
     def now(self) -> datetime:
         """See ``Host``."""
@@ -311,6 +327,27 @@ class LocalHost:
     def sleep(self, seconds: float) -> None:
         """See ``Host``."""
         time.sleep(seconds)
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[TextIO]:
+    while True:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _failed("lock", place, error) from None
+        with os.fdopen(descriptor, "r+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = stream.read().strip() or "another process"
+                msg = f"cannot begin: {who} is changing this fleet now; wait until it has ended"
+                raise CommandFailed(msg) from None
+            # Whoever held it took the file away at the end: then this is not the lock that others see.
+            if place.exists() and place.stat().st_ino == os.fstat(descriptor).st_ino:
+                yield stream
+                return
 
 
 def _stage(file: RenderedFile, target: Path) -> Path:

@@ -1,11 +1,11 @@
-"""What this tool remembers of a host: revisions, what was applied last, drains, a plan begun, and who did what."""
+"""What this tool remembers of a host: revisions, what was applied last, drains, a change begun, and who did what."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.render import RenderedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from chatterbox_deploy.host import Host
@@ -23,8 +23,10 @@ DIR = PurePosixPath("/var/lib/chatterbox-deploy")
 MANIFEST = DIR / "manifest.json"
 APPLYING = DIR / "applying.json"
 LOG = DIR / "log.jsonl"
-LOCK = DIR / "lock"
 REVISIONS = DIR / "revisions"
+LOCK = PurePosixPath("/run/chatterbox-deploy.lock")
+"""Not below ``DIR``, which ``uninstall --purge`` removes while it holds the lock."""
+
 KEPT = 50
 """Revisions; older ones are forgotten. Each is about the size of the rendered files."""
 
@@ -52,11 +54,34 @@ class Revision:
     version: str | None = None
     """Where the link to the server's version pointed."""
 
+    before: int | None = None
+    """The revision that served when this one was applied first."""
+
     tool: str = __version__
 
     def rendered(self) -> tuple[RenderedFile, ...]:
         """Its files."""
         return tuple(RenderedFile(PurePosixPath(path), text) for path, text in sorted(self.files.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A change that was begun and did not end: the host is between two states."""
+
+    command: str
+    """Typed again, it goes on."""
+
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Path → SHA-256 of each text that it may have left there."""
+
+    link: str | None = None
+    """Where the link to the server's version pointed before."""
+
+    goal: int | None = None
+    """The revision that it goes to, where that one was applied before."""
+
+    drained: Sequence[str] | None = None
+    """Who is out of the front in the end, where it is a drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +97,24 @@ class Ledger:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Path → SHA-256 of the files of API keys that are in use."""
 
-    drained: tuple[str, ...] = ()
-    interrupted: str | None = None
-    """The command that was begun and did not end."""
+    drained: Sequence[str] = ()
+    begun: Begun | None = None
+
+    def wrote(self, path: PurePosixPath, text: str) -> bool | None:
+        """Whether a file has a text that we put there; ``None`` where we remember nothing of it."""
+        known = {self.files[str(path)]} if str(path) in self.files else set()
+        if self.begun is not None:
+            known |= set(self.begun.files.get(str(path), ()))
+        return digest(text) in known if known else None
 
 
-def lock(host: Host) -> AbstractContextManager[None]:
-    """Nobody else changes this host's fleet meanwhile.
+def lock(host: Host, command: str) -> AbstractContextManager[None]:
+    """Nobody else changes this host's fleet meanwhile; whoever tries is told of ``command``.
 
     Raises:
         CommandFailed: somebody else does.
     """
-    return host.lock(LOCK)
+    return host.lock(LOCK, command)
 
 
 def read(host: Host) -> Ledger:
@@ -92,34 +123,29 @@ def read(host: Host) -> Ledger:
     Raises:
         CommandFailed: it cannot be read.
     """
-    remembered = _load(host, MANIFEST) or {}
+    remembered = _known(Ledger, _load(host, MANIFEST) or {})
     begun = _load(host, APPLYING)
-    return Ledger(
-        current=remembered.get("current"),
-        files=remembered.get("files", {}),
-        keys=remembered.get("keys", {}),
-        drained=tuple(remembered.get("drained", ())),
-        interrupted=None if begun is None else str(begun.get("command", "a command")),
-    )
+    return Ledger(**{**remembered, "begun": None if begun is None else Begun(**_known(Begun, begun))})
 
 
-def begin(host: Host, *, who: str, command: str) -> None:
+def begin(host: Host, begun: Begun) -> None:
     """From here to ``end`` the host is between two states; should we die, the next plan knows."""
-    _store(host, APPLYING, {"who": who, "when": _now(host), "command": command})
-    log(host, who=who, command=command, result="begun")
+    if (before := read(host).begun) is not None:
+        # What that one left behind is not forgotten before all is well again.
+        files = {
+            path: sorted({*before.files.get(path, ()), *begun.files.get(path, ())})
+            for path in {**before.files, **begun.files}
+        }
+        begun = replace(begun, files=files, link=before.link)
+    _store(host, APPLYING, asdict(begun))
 
 
 def end(host: Host, ledger: Ledger) -> None:
     """The host is as ``ledger`` says."""
-    write(host, ledger)
-    host.remove(APPLYING)
-
-
-def write(host: Host, ledger: Ledger) -> None:
-    """Remember, without the mark of a plan begun."""
-    remembered = asdict(replace(ledger, interrupted=None))
-    del remembered["interrupted"]
+    remembered = asdict(ledger)
+    del remembered["begun"]
     _store(host, MANIFEST, remembered)
+    host.remove(APPLYING)
 
 
 def log(host: Host, *, who: str, command: str, result: str) -> None:
@@ -131,7 +157,14 @@ def log(host: Host, *, who: str, command: str, result: str) -> None:
 def revisions(host: Host) -> list[Revision]:
     """Every revision that is kept, the oldest first."""
     found = [_load(host, path) for path in host.glob(REVISIONS, "*.json")]
-    return sorted((Revision(**content) for content in found if content is not None), key=lambda kept: kept.number)
+    kept = [Revision(**_known(Revision, content)) for content in found if content is not None]
+    return sorted(kept, key=lambda each: each.number)
+
+
+def find_revision(host: Host, number: int | None) -> Revision | None:
+    """One of them, if it is still kept."""
+    content = None if number is None else _load(host, _path(number))
+    return None if content is None else Revision(**_known(Revision, content))
 
 
 def revision(host: Host, number: int) -> Revision:
@@ -140,19 +173,20 @@ def revision(host: Host, number: int) -> Revision:
     Raises:
         CommandFailed: there is none of that number.
     """
-    content = _load(host, _path(number))
-    if content is None:
+    if (found := find_revision(host, number)) is None:
         numbers = ", ".join(str(kept.number) for kept in revisions(host)) or "none yet"
         msg = f"cannot find revision {number}; there are: {numbers} (`chatterbox-deploy history`)"
         raise CommandFailed(msg)
-    return Revision(**content)
+    return found
 
 
-def keep(host: Host, kept: Revision) -> None:
-    """Write a revision, and forget the oldest beyond ``KEPT``."""
+def keep(host: Host, kept: Revision, *, needed: Collection[int] = ()) -> None:
+    """Write a revision, and forget the oldest beyond ``KEPT`` that are not ``needed``."""
     _store(host, _path(kept.number), asdict(kept))
+    spared = {_path(number) for number in (*needed, kept.number)}
     for old in host.glob(REVISIONS, "*.json")[:-KEPT]:
-        host.remove(old)
+        if old not in spared:
+            host.remove(old)
 
 
 def next_number(host: Host) -> int:
@@ -161,9 +195,9 @@ def next_number(host: Host) -> int:
     return max(numbers, default=0) + 1
 
 
-def digests(files: Iterable[RenderedFile]) -> dict[str, str]:
-    """Path → SHA-256, as ``Ledger.files`` has them."""
-    return {str(file.path): hashlib.sha256(file.text.encode()).hexdigest() for file in files}
+def digest(text: str) -> str:
+    """SHA-256 of a file's text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _path(number: int) -> PurePosixPath:
@@ -172,6 +206,12 @@ def _path(number: int) -> PurePosixPath:
 
 def _now(host: Host) -> str:
     return host.now().isoformat(timespec="seconds")
+
+
+def _known(kind: type[Begun | Ledger | Revision], content: Mapping[str, Any]) -> dict[str, Any]:
+    """What this version of ours understands of what another one may have written."""
+    names = {each.name for each in fields(kind)}
+    return {name: value for name, value in content.items() if name in names}
 
 
 def _load(host: Host, path: PurePosixPath) -> dict[str, Any] | None:

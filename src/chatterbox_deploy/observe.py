@@ -45,7 +45,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         CommandFailed: systemd does not answer, or a file cannot be read.
     """
     on_disk = files(host, wanted)
-    paths = {path.name for path in on_disk if path.parent == render.UNIT_DIR} | {systemd.TARGET}
+    paths = {path.name for path in on_disk if path.parent == render.UNIT_DIR} | {systemd.TARGET, systemd.RECYCLE_TIMER}
     shown = {
         unit["Id"]: unit
         for unit in systemd.parse_show(
@@ -64,24 +64,21 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
     }
     target = shown.get(systemd.TARGET, {})
     needed = _needed(fleet) if fleet is not None else ()
+    named = () if fleet is None else fleet.key_files
+    keys = {path: digest for path in named if (digest := _key_digest(host, path)) is not None}
     return HostState(
         files=on_disk,
         instances=instances,
         enabled=target.get("UnitFileState") == "enabled",
         active=target.get("ActiveState") == "active",
+        timed=shown.get(systemd.RECYCLE_TIMER, {}).get("ActiveState") == "active",
         listening=listening(host),
-        # A plan cut short leaves texts that are ours, and that nobody has noted yet.
-        edited=frozenset(
-            path
-            for path, text in on_disk.items()
-            if ledger.interrupted is None and ledger.files.get(str(path), _digest(text)) != _digest(text)
-        ),
-        changed_keys=frozenset(
-            path for path in _keys(fleet) if path in ledger.keys and ledger.keys[path] != key_digest(host, path)
-        ),
+        edited=frozenset(path for path, text in on_disk.items() if ledger.wrote(path, text) is False),
+        keys=keys,
+        changed_keys=frozenset(path for path in named if path in ledger.keys and ledger.keys[path] != keys.get(path)),
         missing=frozenset(path for path in needed if not exists(host, path)),
         drained=frozenset(ledger.drained),
-        interrupted=ledger.interrupted,
+        interrupted=None if ledger.begun is None else ledger.begun.command,
         stale=any(unit.get("NeedDaemonReload") == "yes" for unit in shown.values()),
     )
 
@@ -97,17 +94,11 @@ def _unit_state(host: Host, shown: dict[str, str], text: str | None) -> UnitStat
     return UnitState(shown["ActiveState"], mark, has_process=process != 0)
 
 
-def _keys(fleet: Fleet | None) -> list[str]:
-    if fleet is None:
-        return []
-    return [path for path in (fleet.front.api_keys_file, fleet.service.api_keys_file) if path is not None]
-
-
 def _needed(fleet: Fleet) -> list[str]:
     """Files without which nothing would start: keys, certificates, and the programs of the instances."""
     programs = {instance.command[0] for instance in fleet.instances}
     tls = [path for path in (fleet.front.tls_certificate, fleet.front.tls_key) if path is not None]
-    return [*_keys(fleet), *tls, *sorted(programs)]
+    return [*fleet.key_files, *tls, *sorted(programs)]
 
 
 def exists(host: Host, path: str) -> bool:
@@ -118,17 +109,13 @@ def exists(host: Host, path: str) -> bool:
         return True
 
 
-def key_digest(host: Host, path: str) -> str | None:
+def _key_digest(host: Host, path: str) -> str | None:
     """Tells a change of a key file, and nothing of the keys; ``None`` if it is not there or not ours to read."""
     try:
         content = host.read_bytes(PurePosixPath(path))
     except CommandFailed:
         return None
     return None if content is None else hashlib.sha256(content).hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def listening(host: Host) -> frozenset[int]:

@@ -73,6 +73,8 @@ def plan(
     state: HostState,
     *,
     restart: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
+    last: Collection[str] = (),
     max_unavailable: int = 1,
     link: PointLink | None = None,
 ) -> Plan:
@@ -82,12 +84,21 @@ def plan(
     written, started, ready, heard, back in the front. No unit starts on a port that another still holds: where
     instances swap ports, one of them takes the way over a spare port. The front never lists one that is stopped.
 
-    ``restart`` gives the instances to restart though nothing of them changed, and why.
+    ``restart`` gives the instances to restart though nothing of them changed, and why. ``only`` those are touched,
+    and no file but theirs and the front. Those to start ``last`` are not waited for by the others.
     """
     compared = difference.compare(wanted.files, state.files)
     if problems := _problems(wanted, state, compared.foreign):
         return Plan(problems=tuple(problems))
-    work = _Work(wanted, state, dict(restart or {}), max_unavailable, link)
+    work = _Work(
+        wanted,
+        state,
+        restart=dict(restart or {}),
+        max_unavailable=max_unavailable,
+        link=link,
+        only=only,
+        last=last,
+    )
     return work.plan()
 
 
@@ -97,7 +108,7 @@ def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> P
     steps: list[Step] = []
     if render.FRONT_PATH in ours:
         steps.append(RemoveFile(render.FRONT_PATH, ours[render.FRONT_PATH]))
-    if render.FRONT_PATH in ours or state.interrupted:
+    if render.FRONT_PATH in ours or (state.interrupted and render.FRONT_PATH not in state.files):
         steps.append(FORGET_FRONT)
     running = sorted(name for name, unit in state.instances.items() if unit.has_process or unit.active != "inactive")
     mine = [name for name in running if _unit_path(name) in ours or _unit_path(name) not in state.files]
@@ -132,7 +143,12 @@ def _unit_path(name: str) -> PurePosixPath:
     return render.UNIT_DIR / systemd.unit_name(name)
 
 
-def _problems(wanted: Wanted, state: HostState, foreign: Iterable[PurePosixPath]) -> list[str]:
+def foreign(path: PurePosixPath) -> str:
+    """Why a file that others wrote stops a plan."""
+    return f"{path}: chatterbox-deploy did not write it, and writes over nothing of others; move it away"
+
+
+def _problems(wanted: Wanted, state: HostState, foreign_files: Iterable[PurePosixPath]) -> list[str]:
     """Everything that would stop a plan halfway, found before it begins."""
     # By instances of ours, which make way.
     held = {
@@ -140,10 +156,7 @@ def _problems(wanted: Wanted, state: HostState, foreign: Iterable[PurePosixPath]
         for name, unit in state.instances.items()
         if unit.running is not None and render.is_ours(state.files.get(_unit_path(name), render.header("")))
     }
-    problems = [
-        f"{path}: chatterbox-deploy did not write it, and writes over nothing of others; move it away"
-        for path in foreign
-    ]
+    problems = [foreign(path) for path in foreign_files]
     problems += [
         f"{instance.name}: something else listens on its port {instance.port}; "
         f"`ss -tlnp sport = :{instance.port}` names it"
@@ -164,12 +177,22 @@ class _Work:
     """One plan in the making: what runs where, as the steps so far will have left it."""
 
     def __init__(
-        self, wanted: Wanted, state: HostState, restart: dict[str, str], max_unavailable: int, link: PointLink | None
+        self,
+        wanted: Wanted,
+        state: HostState,
+        *,
+        restart: dict[str, str],
+        max_unavailable: int,
+        link: PointLink | None,
+        only: Collection[str] | None,
+        last: Collection[str],
     ) -> None:
         self.wanted = wanted
         self.state = state
         self.max_unavailable = max(1, max_unavailable)
         self.link = link
+        self.only = only
+        self.last = last
         self.steps: list[Step] = []
         self.reasons: list[tuple[str, str]] = []
         self.notes: list[str] = []
@@ -182,6 +205,7 @@ class _Work:
             name
             for name, unit in state.instances.items()
             if name not in self.instances
+            and only is None
             and (self._path(name) in self.disk or unit.has_process)
             and (self._path(name) not in state.files or self._path(name) in self.disk)
         ]
@@ -194,7 +218,15 @@ class _Work:
             and (name in self.instances or name in self.gone)
             and not self._is_unheard(name)
         }
-        self.why = {name: why for name in self.instances if (why := self._why(name, restart))}
+        # Of whoever is not to be touched nothing is asked: the front goes on to list them, heard or not.
+        self.untouched = {
+            each.name: (each.host, each.port)
+            for each in nginx.find_upstreams(self.disk.get(render.FRONT_PATH, ""))
+            if only is not None and each.name in self.instances and each.name not in only
+        }
+        self.why = {
+            name: why for name in self.instances if (only is None or name in only) and (why := self._why(name, restart))
+        }
 
     def plan(self) -> Plan:
         """See ``plan``."""
@@ -261,7 +293,11 @@ class _Work:
 
     def _begin(self) -> None:
         """Everything that may be refused, before anything restarts."""
-        units = tuple(file for file in self.wanted.files if file.path.parent == render.UNIT_DIR)
+        units = tuple(
+            file
+            for file in self.wanted.files
+            if file.path.parent == render.UNIT_DIR and (self.only is None or self._name(file.path) in self.only)
+        )
         if any(self.disk.get(file.path) != file.text for file in units):
             self.steps.append(VerifyUnits(units))
         # Before anything that it is for: cut short from here on, the next plan goes on with this version.
@@ -269,6 +305,8 @@ class _Work:
             self.steps.append(self.link)
         # A drain that nobody asked for is left over from a plan that was cut short: it ends here.
         self._show_front(force=self.state.interrupted is not None or bool(self._front_keys()), first=True)
+        if self.only is not None:
+            return
         common = [file for file in units if file.path not in self.units]
         # Where nothing restarts for it, a changed comment, say, can be written at once.
         quiet = [file for path, file in self.units.items() if self._name(path) not in self.why]
@@ -281,17 +319,21 @@ class _Work:
         return keys if keys in self.state.changed_keys else None
 
     def _name(self, path: PurePosixPath) -> str:
-        mark = systemd.find_mark(self.units[path].text)
+        mark = systemd.find_mark(self.units[path].text) if path in self.units else None
         return "" if mark is None else mark.name
 
     def _advance(self, todo: list[str], gone: list[str]) -> None:
         """The next thing that can be done without harm: more who speak first, fewer last."""
-        starts = self._free([name for name in todo if name not in self.up], gone)
+        idle = [name for name in todo if name not in self.up]
+        # None of the last before nothing else is left to be done.
+        starts = self._free([name for name in idle if name not in self.last], gone) or self._free(
+            idle if set(todo) <= set(self.last) else [], gone
+        )
         renewals = self._free([name for name in todo if name in self.up], ())
         stops = [name for name in gone if self._in_the_way(name, todo)] or ([] if todo else gone)
         hops = self._hops(todo, gone)
         # Whoever is away already, cut short before or crashed, and waits for a port, counts.
-        away = [name for name in todo if name not in self.up and self._path(name) in self.state.files]
+        away = [name for name in idle if name not in self.last and self._path(name) in self.state.files]
         if now := starts or self._spared(renewals)[: max(0, self.max_unavailable - len(away))]:
             self._renew(now)
             todo[:] = [name for name in todo if name not in now]
@@ -441,7 +483,7 @@ class _Work:
         self, out: Mapping[str, tuple[str, int]] | None = None, *, force: bool = False, first: bool = False
     ) -> None:
         """The front with those who can speak, in the fleet's order; ``out`` are being taken out."""
-        listed = {**self.up, **(out or {})}
+        listed = {**self.untouched, **self.up, **(out or {})}
         order = [*self.instances, *(name for name in self.gone if name in listed)]
         upstreams = [
             Upstream(
@@ -456,7 +498,7 @@ class _Work:
         text = self.wanted.front(upstreams)
         final = next(file for file in self.wanted.files if file.path == render.FRONT_PATH)
         if (
-            all(name in self.up and self.up[name] == (i.host, i.port) for name, i in self.instances.items())
+            all(listed.get(name) == (i.host, i.port) for name, i in self.instances.items())
             and len(upstreams) == len(self.instances)
             and not any(upstream.drained or upstream.leaving for upstream in upstreams)
         ):
@@ -493,6 +535,9 @@ class _Work:
         return bool(written)
 
     def _end(self) -> None:
+        if self.only is not None:
+            self._show_front()
+            return
         wanted = {file.path for file in self.wanted.files}
         stale = [path for path in sorted(self.disk) if path not in wanted]
         if others := tuple(path.name for path in stale if path.parent == render.UNIT_DIR):
@@ -505,6 +550,8 @@ class _Work:
             self.steps.append(Run(("systemctl", "enable", systemd.TARGET), "the fleet starts at boot"))
         if not self.state.active:
             self.steps.append(Run(("systemctl", "start", systemd.TARGET), "the fleet counts as started"))
+        elif render.UNIT_DIR / systemd.RECYCLE_TIMER in wanted and not self.state.timed:
+            self.steps.append(Run(("systemctl", "start", systemd.RECYCLE_TIMER), "instances are recycled from now on"))
         for path in sorted(self.state.edited):
             if path in wanted:
                 self.notes.append(f"{path} was edited by hand: that edit goes")

@@ -36,7 +36,7 @@ def header(source: str) -> str:
     one_line = "".join(letter if letter.isprintable() else "?" for letter in source)
     return (
         f"{_SIGNATURE}{__version__} from {one_line}\n"
-        "# Changes made here are lost: edit that file, then run `chatterbox-deploy render`."
+        "# Changes made here are lost: edit that file, then type `chatterbox-deploy apply`."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ FRONT_UNIT = "chatterbox-tts-nginx.service"
 NODES_UNIT = "chatterbox-tts-gpu-nodes.service"
 RECYCLE_UNIT = "chatterbox-tts-recycle.service"
 RECYCLE_TIMER = "chatterbox-tts-recycle.timer"
+STARTS_AT_BOOT = PurePosixPath(f"/etc/systemd/system/multi-user.target.wants/{TARGET}")
+"""The link that ``systemctl enable`` makes."""
 
 _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z0-9_=./:,@+~-]+")
 _HOMES = ("/home/", "/root/", "/run/user/")

@@ -110,6 +110,7 @@ class LiveFleet:
             f"""
             mkdir -p {VERSIONS} /opt/silent
             mv /opt/chatterbox-tts/venv {VERSIONS}/first
+            touch {VERSIONS}/first/.complete
             cp -a {VERSIONS}/first {VERSIONS}/second
             ln -s versions/first /opt/chatterbox-tts/venv
             for gpu in gpu0 gpu1; do echo silent 1 > /opt/silent/$gpu; done
@@ -118,6 +119,7 @@ class LiveFleet:
               printf '#!/bin/sh\\n[ "$1" = -m ] && %s\\nexec {VERSIONS}/first/bin/python "$@"\\n' "$2" \\
                 > {VERSIONS}/$1/bin/python
               chmod +x {VERSIONS}/$1/bin/python
+              touch {VERSIONS}/$1/.complete
             }}
             broken hangs 'exec sleep 1000'
             broken crashes 'exit 1'

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from chatterbox_deploy import apply, deploy, facts, ledger, observe, plan, render, systemd
-from chatterbox_deploy.deploy import Author, Blueprint, Proposal, WentBack
+from chatterbox_deploy import apply, blueprint, deploy, draining, facts, ledger, observe, plan, removal, render, systemd
+from chatterbox_deploy.deploy import Author, Proposal, WentBack
 from chatterbox_deploy.difference import Change
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import Upstream
@@ -29,6 +29,7 @@ from support.scripted import Killed, ScriptedHost, scripted_host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from chatterbox_deploy.blueprint import Blueprint
     from chatterbox_deploy.steps import Step
     from support.scripted import Fault
 
@@ -47,8 +48,8 @@ def untold(total: int, title: str | None = None) -> Callable[[int, Step], None]:
 
 def propose(host: ScriptedHost, table: dict[str, Any], max_unavailable: int = 1, *, source: str = SOURCE) -> Proposal:
     """A plan for a fleet whose programs are all there; nothing speaks against it."""
-    asked = deploy.blueprint(host, source=source, fleet_toml=fleets.to_toml(table), templates={})
-    for instance in deploy.want(asked).fleet.instances:
+    asked = blueprint.of_file(host, source=source, fleet_toml=fleets.to_toml(table), templates={})
+    for instance in blueprint.want(asked).fleet.instances:
         host.place(instance.command[0])
     return proposal_for(host, asked, max_unavailable)
 
@@ -71,7 +72,7 @@ def watch(host: ScriptedHost, proposal: Proposal, max_unavailable: int = 1) -> N
 
 
 def carry_out(host: ScriptedHost, proposal: Proposal) -> None:
-    with ledger.lock(host):
+    with ledger.lock(host, ADA.command):
         deploy.carry_out(host, proposal, ADA, untold)
 
 
@@ -87,8 +88,8 @@ def set_up(host: ScriptedHost, pair: Pair) -> None:
     """The host as it is before."""
     change(host, pair.before)
     if pair.drained:
-        with ledger.lock(host):
-            deploy.drain(host, pair.drained, ADA, untold, drained=True)
+        with ledger.lock(host, ADA.command):
+            draining.drain(host, pair.drained, ADA, untold, drained=True)
 
 
 def assert_is_as_wanted(host: ScriptedHost, again: Proposal) -> None:
@@ -243,8 +244,8 @@ def test_interrupted_anywhere_the_next_one_finishes_the_job_or_undoes_it(
         for changes, later_s in cuts:
             interrupted(host, proposal, changes, later_s)
             proposal = propose(host, pair.after, pair.max_unavailable)
-        if undone and ledger.read(host).interrupted is not None:
-            proposal = proposal_for(host, deploy.previous(host), pair.max_unavailable)
+        if undone and ledger.read(host).begun is not None:
+            proposal = proposal_for(host, blueprint.previous(host), pair.max_unavailable)
             watch(host, proposal, pair.max_unavailable)
 
         carry_out(host, proposal)
@@ -334,21 +335,21 @@ def test_what_others_wrote_is_the_same_after_install_change_and_uninstall(pair: 
         assert host.contents("/etc").items() >= FOREIGN.items()
         host.promise(None)
 
-        with ledger.lock(host):
-            deploy.remove(host, deploy.removal(host, purge=purge, force=False), ADA, untold, purge=purge)
+        with ledger.lock(host, ADA.command):
+            removal.carry_out(host, removal.propose(host, purge=purge, force=False), ADA, untold)
 
         assert host.contents("/etc", "/proc", "/run") == FOREIGN
         assert host.instances() == {}
         assert host.front is None
-        assert deploy.removal(host, purge=False, force=False).plan.steps == ()
+        assert removal.propose(host, purge=False, force=False).plan.steps == ()
         assert purge != bool(host.contents("/var/lib/chatterbox-deploy"))
 
 
 @pytest.mark.parametrize("later_s", [0.0, 60.0], ids=["at once", "a minute later"])
 def test_an_uninstall_interrupted_after_every_single_change_is_finished_by_the_next(later_s: float) -> None:
     def uninstall(host: ScriptedHost) -> None:
-        with ledger.lock(host):
-            deploy.remove(host, deploy.removal(host, purge=True, force=False), ADA, untold, purge=True)
+        with ledger.lock(host, ADA.command):
+            removal.carry_out(host, removal.propose(host, purge=True, force=False), ADA, untold)
 
     for changes in range(40):
         with scripted_host() as host:
@@ -498,4 +499,6 @@ def test_a_killed_one_cannot_clean_up(served: tuple[ScriptedHost, facts.Wanted])
     assert interrupted(host, proposal, 4, 0.0)
 
     assert len(host.contents("/run")) == 2
-    assert ledger.read(host).interrupted == "apply"
+    begun = ledger.read(host).begun
+    assert begun is not None
+    assert begun.command == "apply"

@@ -200,6 +200,10 @@ class ScriptedHost(LocalHost):
         """ActiveState of each that systemd knows and that is not at rest."""
         return {u.instance: u.active for u in self._units.values() if u.instance and u.active != "inactive"}
 
+    def active_units(self) -> set[str]:
+        """Names of all."""
+        return {unit.name for unit in self._units.values() if unit.active == "active"}
+
     # Host
 
     def read_bytes(self, path: PurePosixPath) -> bytes | None:
@@ -250,6 +254,12 @@ class ScriptedHost(LocalHost):
                 return self._test_front()
             case ["journalctl", *_]:
                 return Ran(0, "its last words\n")
+            case ["rmdir", "--ignore-fail-on-non-empty", path]:
+                place = self.at(PurePosixPath(path))
+                with self._change(f"rmdir {path}"):
+                    if not any(place.iterdir()):
+                        place.rmdir()
+                return Ran(0)
             case ["test", "-e", path, *_]:
                 place = self.at(PurePosixPath(path))
                 return Ran(0 if place.exists() or place.is_symlink() else 1)
@@ -299,10 +309,10 @@ class ScriptedHost(LocalHost):
         return Answer(404, body=b'{"detail":"Not Found"}')
 
     @contextmanager
-    def lock(self, path: PurePosixPath) -> Iterator[None]:
+    def lock(self, path: PurePosixPath, holder: str) -> Iterator[None]:
         """See ``Host``."""
         self._live()
-        with super().lock(path):
+        with super().lock(path, holder):
             yield
 
     def now(self) -> datetime:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from chatterbox_deploy import __version__
+from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
@@ -30,6 +31,9 @@ class _Shell(click.Group):
         except DeployError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(telling.INTERRUPTED)
         except OSError as error:
             click.echo(f"error: cannot go on: {error}", err=True)
             ctx.exit(DeployError.exit_code)
@@ -50,12 +54,13 @@ def main() -> None:
     """Run a fleet of Chatterbox text-to-speech servers: one TOML file of GPU → port.
 
     \b
-        chatterbox-deploy render --output /          # fleet.toml → systemd units and an nginx front
-        systemctl enable --now chatterbox-tts.target
+        chatterbox-deploy plan                       # what fleet.toml would change on this machine, and why
+        sudo chatterbox-deploy apply                 # systemd units and an nginx front, without a lost request
         curl --json '{"input": "Hello.", "response_format": "wav"}' \\
              http://127.0.0.1:6095/v1/audio/speech -o hello.wav
 
-    Exit status: 0 done; 1 out of date; 2 the file or the command line is wrong; 3 it could not be done.
+    Exit status: 0 done; 1 out of date; 2 the file or the command line is wrong; 3 it could not be done;
+    130 interrupted.
     """
 
 

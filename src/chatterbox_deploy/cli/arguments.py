@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import config, deploy, fleet
+from chatterbox_deploy import blueprint, config, fleet
 from chatterbox_deploy.errors import CommandFailed, FleetFileError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.templates import Templates, read_own
@@ -15,6 +15,7 @@ from chatterbox_deploy.templates import Templates, read_own
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from chatterbox_deploy.blueprint import Blueprint
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Instance
 
@@ -59,7 +60,7 @@ def find_instances(resolved: Fleet, who: Sequence[str]) -> tuple[Instance, ...]:
     return tuple(instance for instance in resolved.instances if instance.name in named)
 
 
-def blueprint(host: LocalHost, fleet_file: Path, own_templates: Path | None) -> deploy.Blueprint:
+def read_blueprint(host: LocalHost, fleet_file: Path, own_templates: Path | None) -> Blueprint:
     """What the command line asks of a host; the fleet file is right.
 
     Raises:
@@ -69,7 +70,7 @@ def blueprint(host: LocalHost, fleet_file: Path, own_templates: Path | None) -> 
     text = read_text(fleet_file)
     config.load(text, source=str(fleet_file))
     own = {} if own_templates is None else read_own(own_templates)
-    return deploy.blueprint(host, source=str(fleet_file.resolve()), fleet_toml=text, templates=own)
+    return blueprint.of_file(host, source=str(fleet_file.resolve()), fleet_toml=text, templates=own)
 
 
 def read_fleet(fleet_file: Path) -> FleetConfig:

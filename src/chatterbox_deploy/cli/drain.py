@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from chatterbox_deploy import deploy, fleet, ledger
+from chatterbox_deploy import blueprint, draining, fleet, ledger
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.host import LocalHost
 
@@ -36,7 +36,8 @@ def undrain_command(*, instance: str) -> None:
 
 def _set(instance: str, *, drained: bool) -> None:
     host = LocalHost()
-    with ledger.lock(host):
-        chosen = [found.name for found in fleet.find(deploy.want(deploy.current(host)).fleet, instance)]
-        deploy.drain(host, chosen, telling.author(), telling.progress, drained=drained)
+    author = telling.author()
+    with ledger.lock(host, author.command), telling.interruptible(host):
+        chosen = [found.name for found in fleet.find(blueprint.want(blueprint.current(host)).fleet, instance)]
+        draining.drain(host, chosen, author, telling.progress, drained=drained)
     click.echo(f"{', '.join(chosen)}: {'drained' if drained else 'back in service'}", err=True)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import deploy, ledger
+from chatterbox_deploy import deploy, image, ledger
 from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.host import LocalHost
+
+if TYPE_CHECKING:
+    from chatterbox_deploy.plan import Plan
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 UNAVAILABLE = click.option(
@@ -36,15 +40,8 @@ def plan_command(*, fleet_file: Path, as_json: bool, max_unavailable: int, own_t
     Changes nothing. Exit status: 0 nothing to do, 1 changes.
     """
     host = LocalHost()
-    proposal = deploy.propose(
-        host, arguments.blueprint(host, fleet_file, own_templates), max_unavailable=max_unavailable
-    )
-    if as_json:
-        click.echo(json.dumps(telling.as_json(proposal.plan), indent=2))
-    else:
-        telling.show(proposal.plan)
-    if proposal.plan:
-        raise SystemExit(1)
+    asked = arguments.read_blueprint(host, fleet_file, own_templates)
+    show(deploy.propose(host, asked, max_unavailable=max_unavailable).plan, as_json=as_json)
 
 
 @click.command("apply")
@@ -59,9 +56,7 @@ def plan_command(*, fleet_file: Path, as_json: bool, max_unavailable: int, own_t
 )
 @AS_JSON
 @arguments.TEMPLATES
-@click.pass_context
 def apply_command(
-    ctx: click.Context,
     *,
     fleet_file: Path,
     dry_run: bool,
@@ -83,24 +78,37 @@ def apply_command(
     what it began, restarts, becomes ready, is heard, and returns; then the next. If one of them does not
     speak, the fleet goes back to what it was. Interrupted? Type it again.
     """
-    if dry_run:
-        ctx.invoke(
-            plan_command,
-            fleet_file=fleet_file,
-            as_json=as_json,
-            max_unavailable=max_unavailable,
-            own_templates=own_templates,
-        )
-        return
+    if root is not None and root.resolve() == Path("/"):
+        msg = "this machine is no image; leave --root away to apply to it"
+        raise click.BadParameter(msg, param_hint="--root")
     host = LocalHost(root or Path("/"))
-    asked = arguments.blueprint(host, fleet_file, own_templates)
-    if root is not None:
-        for line in deploy.install(host, root, asked, telling.author()):
-            click.echo(line, err=True)
+
+    def propose() -> deploy.Proposal:
+        asked = arguments.read_blueprint(host, fleet_file, own_templates)
+        if root is not None:
+            return image.propose(host, root, asked)
+        return deploy.propose(host, asked, max_unavailable=max_unavailable)
+
+    if dry_run:
+        show(propose().plan, as_json=as_json)
         return
-    with ledger.lock(host):
-        proposal = deploy.propose(host, asked, max_unavailable=max_unavailable)
-        change(host, proposal, as_json=as_json, goes_back=not no_rollback)
+    with ledger.lock(host, telling.author().command):
+        change(host, propose(), as_json=as_json, goes_back=root is None and not no_rollback)
+
+
+def show(made: Plan, *, as_json: bool) -> None:
+    """Print a plan, and exit as `plan` does.
+
+    Raises:
+        CommandFailed: it cannot be carried out.
+    """
+    if as_json:
+        click.echo(json.dumps(telling.as_json(made), indent=2))
+        telling.refuse(made)
+    else:
+        telling.show(made)
+    if made:
+        raise SystemExit(1)
 
 
 def change(host: LocalHost, proposal: deploy.Proposal, *, as_json: bool = False, goes_back: bool = True) -> None:
@@ -115,11 +123,6 @@ def change(host: LocalHost, proposal: deploy.Proposal, *, as_json: bool = False,
     telling.refuse(made)
     for line in telling.why(made):
         click.echo(line, err=True)
-    try:
+    with telling.interruptible(host):
         number = deploy.carry_out(host, proposal, telling.author(), telling.progress, goes_back=goes_back)
-    except KeyboardInterrupt:
-        click.echo(
-            "interrupted; `chatterbox-deploy apply` finishes it, `chatterbox-deploy rollback` undoes it", err=True
-        )
-        raise SystemExit(130) from None
-    click.echo(f"done: revision {number}", err=True)
+    click.echo(f"{'done' if made.steps else 'nothing to do'}: revision {number}", err=True)

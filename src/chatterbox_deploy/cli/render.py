@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import deploy, difference, observe, render, systemd
-from chatterbox_deploy.cli import arguments
-from chatterbox_deploy.errors import ForeignFile
+from chatterbox_deploy import difference, ledger, observe, render, systemd
+from chatterbox_deploy.blueprint import want
+from chatterbox_deploy.cli import arguments, telling
+from chatterbox_deploy.errors import CommandFailed, ForeignFile
 from chatterbox_deploy.host import LocalHost
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from chatterbox_deploy.difference import Changes
     from chatterbox_deploy.fleet import Fleet
 
@@ -45,13 +49,14 @@ def render_command(
     Files that carry our header are ours to replace; any other file in their place is refused.
     """
     host = LocalHost(output)
-    asked = deploy.want(arguments.blueprint(host, fleet_file, own_templates))
+    asked = want(arguments.read_blueprint(host, fleet_file, own_templates))
     resolved, wanted = asked.fleet, asked.files
     changes = difference.compare(wanted, observe.files(host, wanted))
     dry_run = check or diff
     if not dry_run:
         _refuse_foreign(host, changes)
-        host.write_files([change.file for change in changes.to_write])
+        with _alone(host):
+            host.write_files([change.file for change in changes.to_write])
     if as_json:
         click.echo(json.dumps(_rows(host, changes), indent=2))
     else:
@@ -63,6 +68,27 @@ def render_command(
             _tell_missing_keys(host, resolved)
     if dry_run and changes:
         raise SystemExit(1)
+
+
+@contextmanager
+def _alone(host: LocalHost) -> Iterator[None]:
+    """Where files are installed, nobody else changes them, and nothing that `apply` remembers becomes untrue.
+
+    Raises:
+        CommandFailed: somebody does, or a fleet was applied here.
+    """
+    if not _installs(host):
+        yield
+        return
+    with ledger.lock(host, telling.author().command):
+        if ledger.read(host) != ledger.Ledger():
+            msg = "cannot write beside `chatterbox-deploy apply`, which keeps this machine: type that instead"
+            raise CommandFailed(msg)
+        yield
+
+
+def _installs(host: LocalHost) -> bool:
+    return host.at(render.UNIT_DIR) == Path(render.UNIT_DIR)
 
 
 def _refuse_foreign(host: LocalHost, changes: Changes) -> None:
@@ -108,7 +134,7 @@ def _removal(host: LocalHost, path: PurePosixPath) -> str:
 def _tell_next(host: LocalHost, output: Path, changes: Changes, fleet_file: Path) -> None:
     if not changes.to_write:
         return
-    if host.at(render.UNIT_DIR) != Path(render.UNIT_DIR):
+    if not _installs(host):
         click.echo(
             f"next: read them below {output}, then install them: sudo chatterbox-deploy render --output /", err=True
         )
@@ -120,12 +146,11 @@ def _tell_next(host: LocalHost, output: Path, changes: Changes, fleet_file: Path
 
 def _tell_missing_keys(host: LocalHost, resolved: Fleet) -> None:
     """Without its file an instance does not start, nor does nginx, and with it every other site on this machine."""
-    installed = host.at(render.FRONT_PATH) == Path(render.FRONT_PATH)
     for keys, who, line in (
         (resolved.front.api_keys_file, "nginx", '"~^Bearer %s$" NAME;'),
         (resolved.service.api_keys_file, "an instance", "NAME %s"),
     ):
-        if keys is not None and installed and host.read_bytes(PurePosixPath(keys)) is None:
+        if keys is not None and _installs(host) and host.read_bytes(PurePosixPath(keys)) is None:
             click.echo(
                 f"before that, make the key file, or {who} will not start:\n"
                 f"  printf '{line}\\n' \"$(openssl rand -hex 24)\" | install -D -m 600 /dev/stdin {keys}",

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 import click
 
-from chatterbox_deploy import config, deploy, fleet, ledger, recycling
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy import blueprint, config, deploy, fleet, ledger, recycling
+from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.cli.plan import AS_JSON, UNAVAILABLE, change
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
@@ -41,14 +41,17 @@ def rollout_command(
     Whatever else the fleet file asks for is applied, too. An instance that does not become ready, or that
     is not heard when it is asked to speak, ends it: the fleet goes back to what it was before.
     """
+    if only is not None and version is not None:
+        msg = "a version is for all instances, for they share one link to it; leave --gpu away"
+        raise click.UsageError(msg)
     host = LocalHost()
-    asked = arguments.blueprint(host, fleet_file, own_templates)
-    if version is not None:
-        asked = replace(asked, version=str(_directory(host, version)))
-    with ledger.lock(host):
-        resolved = deploy.want(asked).fleet
+    with ledger.lock(host, telling.author().command):
+        asked = arguments.read_blueprint(host, fleet_file, own_templates)
+        if version is not None:
+            asked = replace(asked, version=str(_directory(host, version)))
+        resolved = blueprint.want(asked).fleet
         chosen = resolved.instances if only is None else fleet.find(resolved, only)
-        restart = {} if version is not None and only is None else {one.name: "you asked for it" for one in chosen}
+        restart = {instance.name: "you asked for it" for instance in chosen}
         proposal = deploy.propose(host, asked, restart=restart, max_unavailable=max_unavailable)
         change(host, proposal, goes_back=not no_rollback)
 
@@ -56,17 +59,19 @@ def rollout_command(
 def _directory(host: LocalHost, version: str) -> PurePosixPath:
     """Where a version lies, once it is known to be whole."""
     directory = PurePosixPath(config.VERSIONS_DIR) / version
-    python = directory / "bin/python"
-    if host.read_bytes(python) is None:
-        found = host.glob(PurePosixPath(config.VERSIONS_DIR), "*/bin/python")
-        names = sorted(path.parent.parent.name for path in found)
+    if host.read_bytes(directory / _COMPLETE) is None:
+        whole = [path.parent.name for path in host.glob(directory.parent, f"*/{_COMPLETE}")]
         msg = (
-            f"cannot find version {version!r} at {directory}; there are: {', '.join(names) or 'none'}; "
+            f"cannot find version {version!r} at {directory}; there are: {', '.join(whole) or 'none'}; "
             f"`scripts/install-version {version}` in a checkout of it makes one"
         )
         raise CommandFailed(msg)
-    host.run((str(python), "-c", "import chatterbox_server"), timeout_s=120)
+    host.run((str(directory / "bin/python"), "-c", "import chatterbox_server"), timeout_s=120)
     return directory
+
+
+_COMPLETE = ".complete"
+"""``scripts/install-version`` writes it last."""
 
 
 @click.command("rollback")
@@ -80,12 +85,14 @@ def rollback_command(*, number: int | None, max_unavailable: int) -> None:
         chatterbox-deploy history
         sudo chatterbox-deploy rollback 7
 
-    After an `apply` that was interrupted it undoes what was begun. fleet.toml itself is yours: the next
-    `apply` does again what it says.
+    Before is what served when this revision was first applied. After an `apply` that was interrupted it
+    undoes what was begun. fleet.toml itself is yours: the next `apply` does again what it says.
     """
     host = LocalHost()
-    with ledger.lock(host):
-        asked = deploy.previous(host) if number is None else deploy.of_revision(ledger.revision(host, number))
+    with ledger.lock(host, telling.author().command):
+        asked = (
+            blueprint.previous(host) if number is None else blueprint.of_revision(host, ledger.revision(host, number))
+        )
         change(host, deploy.propose(host, asked, max_unavailable=max_unavailable))
 
 
@@ -122,10 +129,18 @@ def recycle_command() -> None:
     The limits are unit.recycle_after_h and unit.recycle_memory_mb of the fleet that was applied.
     """
     host = LocalHost()
-    with ledger.lock(host):
-        asked = deploy.current(host)
-        due = recycling.due(host, deploy.want(asked).fleet)
+    with ledger.lock(host, telling.author().command):
+        asked = blueprint.current(host)
+        begun = ledger.read(host).begun
+        if begun is not None and begun.goal == asked.number:
+            # An earlier one, cut short: it may have left somebody out.
+            change(host, deploy.propose(host, asked))
+            return
+        if begun is not None:
+            msg = f"cannot recycle: a change did not end; {deploy.advice(host)}"
+            raise CommandFailed(msg)
+        due = recycling.due(host, blueprint.want(asked).fleet)
         if not due:
             click.echo("nothing to recycle", err=True)
             return
-        change(host, deploy.propose(host, asked, restart=due))
+        change(host, deploy.propose(host, asked, restart=due, only=due))

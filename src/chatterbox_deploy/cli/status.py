@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chatterbox_deploy import deploy, status
+from chatterbox_deploy import status
+from chatterbox_deploy.blueprint import want
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.survey import survey
@@ -48,7 +49,7 @@ def status_command(*, fleet_file: Path, as_json: bool, own_templates: Path | Non
     as whether a process still runs an older unit.
     """
     host = LocalHost()
-    asked = deploy.want(arguments.blueprint(host, fleet_file, own_templates))
+    asked = want(arguments.read_blueprint(host, fleet_file, own_templates))
     report = status.report(asked.fleet, asked.files, survey(host, asked.fleet, asked.files), front=asked.front)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))

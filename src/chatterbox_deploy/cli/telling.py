@@ -6,19 +6,26 @@ import getpass
 import os
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from chatterbox_deploy import deploy
 from chatterbox_deploy.deploy import Author
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.steps import ShowFront, WriteFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from chatterbox_deploy.host import Host
     from chatterbox_deploy.plan import Plan
     from chatterbox_deploy.steps import Step
+
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells say it: 128 and the number of SIGINT."""
 
 
 def author() -> Author:
@@ -27,15 +34,15 @@ def author() -> Author:
     return Author(who, " ".join(["chatterbox-deploy", *sys.argv[1:]]))
 
 
-def show(plan: Plan) -> None:
-    """The plan for people: what changes and why, then the steps in their order.
+def show(plan: Plan, *, nothing: str = "the host is as the fleet file says") -> None:
+    """The plan for people: what changes and why, then the steps in their order; or why there is ``nothing`` to do.
 
     Raises:
         CommandFailed: it cannot be carried out; every reason at once.
     """
     refuse(plan)
     if not plan.steps:
-        click.echo("nothing to do: the host is as the fleet file says")
+        click.echo(f"nothing to do: {nothing}")
         return
     click.echo("".join(change.diff() for change in plan.changed_files()), nl=False)
     for path in plan.removed_files():
@@ -87,6 +94,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _writes(step: Step) -> list[str]:
     return [str(change.file.path) for change in step.changes] if isinstance(step, WriteFiles | ShowFront) else []
+
+
+@contextmanager
+def interruptible(host: Host) -> Iterator[None]:
+    """A change of the host; after Ctrl-C whoever typed it learns how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted; {deploy.advice(host) or 'nothing was changed'}", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def progress(total: int, title: str | None = None) -> Callable[[int, Step], None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from chatterbox_deploy import deploy, ledger
+from chatterbox_deploy import ledger, removal
 from chatterbox_deploy.cli import telling
+from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
 
@@ -24,15 +25,19 @@ def uninstall_command(*, purge: bool, force: bool, yes: bool, dry_run: bool) -> 
     A file of ours that was edited by hand is shown and kept, unless --force.
     """
     host = LocalHost()
-    with ledger.lock(host):
-        removal = deploy.removal(host, purge=purge, force=force)
-        for change in removal.kept:
-            click.echo(change.diff(), nl=False)
-            click.echo(f"kept: {change.file.path} was edited by hand; --force removes it, too", err=True)
-        telling.show(removal.plan)
-        if dry_run or not removal.plan:
-            return
-        if purge and not yes:
-            click.confirm("Remove all of this for good?", abort=True, err=True)
-        deploy.remove(host, removal, telling.author(), telling.progress, purge=purge)
+    author = telling.author()
+    proposed = removal.propose(host, purge=purge, force=force)
+    for change in proposed.kept:
+        click.echo(change.diff(), nl=False)
+        click.echo(f"kept: {change.file.path} was edited by hand; --force removes it, too", err=True)
+    telling.show(proposed.plan, nothing="nothing of ours is installed here")
+    if dry_run or not proposed.plan:
+        return
+    if purge and not yes:
+        click.confirm("Remove all of this for good?", abort=True, err=True)
+    with ledger.lock(host, author.command), telling.interruptible(host):
+        if removal.propose(host, purge=purge, force=force) != proposed:
+            msg = "cannot go on: the host is no longer as shown above; type it again"
+            raise CommandFailed(msg)
+        removal.carry_out(host, proposed, author, telling.progress)
     click.echo("done: the fleet is uninstalled", err=True)

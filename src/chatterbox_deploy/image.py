@@ -1,0 +1,36 @@
+"""A fleet in a directory tree that will boot elsewhere: files and what starts at boot. Runs nothing of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chatterbox_deploy import difference, observe, plan, systemd
+from chatterbox_deploy.blueprint import want
+from chatterbox_deploy.deploy import Proposal
+from chatterbox_deploy.facts import HostState
+from chatterbox_deploy.plan import Plan
+from chatterbox_deploy.steps import RemoveFile, Run, WriteFiles
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from chatterbox_deploy.blueprint import Blueprint
+    from chatterbox_deploy.host import LocalHost
+    from chatterbox_deploy.steps import Step
+
+
+def propose(host: LocalHost, root: Path, asked: Blueprint) -> Proposal:
+    """What to write below ``root``, which ``host`` stands for.
+
+    Raises:
+        DeployError: the tree or the fleet file cannot be read.
+    """
+    wanted = want(asked)
+    on_disk = observe.files(host, wanted.files)
+    found = difference.compare(wanted.files, on_disk)
+    steps: list[Step] = [WriteFiles(found.to_write)] if found.to_write else []
+    steps += [RemoveFile(path, on_disk[path]) for path in found.stale]
+    if host.read_link(systemd.STARTS_AT_BOOT) is None:
+        steps.append(Run(("systemctl", f"--root={root}", "enable", systemd.TARGET), "the fleet starts at boot"))
+    made = Plan(tuple(steps), problems=tuple(plan.foreign(path) for path in found.foreign))
+    return Proposal(asked, wanted, HostState(files=on_disk), made)
