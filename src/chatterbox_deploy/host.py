@@ -352,7 +352,8 @@ def _locked(place: Path) -> Iterator[TextIO]:
 
 def _stage(file: RenderedFile, target: Path) -> Path:
     """The file's bytes, synced, under a temporary name beside ``target``."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    # Around what only its owner may read, a directory that only he may open.
+    target.parent.mkdir(mode=0o777 if file.mode & 0o077 else 0o700, parents=True, exist_ok=True)
     # A directory in the way would be found only by the rename, after others were already written.
     if target.is_dir():
         raise IsADirectoryError(None, "is a directory")

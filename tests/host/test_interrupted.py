@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from host import live
-from host.live import APPLY, LiveFleet, fleet_toml
+from host.live import APPLY, FLEET_TOML, LiveFleet, fleet_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,8 +51,9 @@ def test_after_ctrl_c_apply_finishes_what_was_begun(fleet: LiveFleet) -> None:
     results = last_results(fleet, 3)
 
     assert ended.status == 0, ended.said
-    assert "interrupted; `chatterbox-deploy apply` finishes it, `chatterbox-deploy rollback` undoes it" in ended.said
-    assert "did not end; `chatterbox-deploy apply` finishes it" in meanwhile
+    advice = f"`chatterbox-deploy apply {FLEET_TOML}` finishes it, `chatterbox-deploy rollback` undoes it"
+    assert f"interrupted; {advice}" in ended.said
+    assert f"cannot begin: a change did not end; {advice}" in meanwhile
     assert meanwhile.endswith("3\n")
     assert planned == 1
     assert (again.status, ended.lost, again.lost) == (0, 0, 0), again.said
