@@ -12,8 +12,10 @@ from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
+from chatterbox_deploy.cli.recycle import recycle_command
 from chatterbox_deploy.cli.render import render_command
-from chatterbox_deploy.cli.rollout import history_command, recycle_command, rollback_command, rollout_command
+from chatterbox_deploy.cli.rollback import history_command, rollback_command
+from chatterbox_deploy.cli.rollout import rollout_command
 from chatterbox_deploy.cli.schema import schema_command
 from chatterbox_deploy.cli.service import restart_command, start_command, stop_command
 from chatterbox_deploy.cli.status import status_command
