@@ -45,8 +45,8 @@ COMMAND_TIMEOUT_S = 90.0
 MARGIN_S = 30
 """What systemd may need beyond its own timeout, to kill what does not stop."""
 
-LONGEST_STOP_S = 4 * 3600.0
-"""An instance asks systemd for more time while a long text still streams; a book is done in less."""
+LONGEST_STOP_S = 24 * 3600.0
+"""A stop takes as long as the longest stream that still goes on, a book perhaps; systemd itself kills what hangs."""
 
 RELOAD_TIMEOUT_S = 20.0
 """For nginx to read its files and start new workers."""
@@ -129,7 +129,7 @@ def _show(step: ShowFront, host: Host) -> None:
         msg = f"cannot use a front that nginx refuses; it was put back:\n  {tested.stderr.strip()}"
         raise CommandFailed(msg)
     workers = _nginx_workers(host)
-    host.run(("systemctl", "reload-or-restart", "nginx.service"), timeout_s=COMMAND_TIMEOUT_S)
+    host.run(("systemctl", "reload-or-restart", systemd.NGINX_UNIT), timeout_s=COMMAND_TIMEOUT_S)
     _wait_for_new_workers(workers, host, grace_s=GRACE_S if _takes_somebody_out(step) else 0.0)
 
 
@@ -145,7 +145,7 @@ def _takes_somebody_out(step: ShowFront) -> bool:
 
 def _nginx_workers(host: Host) -> list[str]:
     """Process ids of the workers of nginx; none where it does not run."""
-    shown = host.run(systemd.show_argv(["nginx.service"], ["MainPID"]), timeout_s=COMMAND_TIMEOUT_S).stdout
+    shown = host.run(systemd.show_argv([systemd.NGINX_UNIT], ["MainPID"]), timeout_s=COMMAND_TIMEOUT_S).stdout
     master = systemd.parse_show(shown)[0].get("MainPID", "0")
     children = host.read_bytes(PurePosixPath(f"/proc/{master}/task/{master}/children"))
     return (children or b"").decode().split()

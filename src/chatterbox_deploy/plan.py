@@ -132,7 +132,7 @@ def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> P
 
 
 DAEMON_RELOAD = Run(("systemctl", "daemon-reload"), "systemd reads the units")
-FORGET_FRONT = Run(("systemctl", "try-reload-or-restart", "nginx.service"), "nginx forgets the front")
+FORGET_FRONT = Run(("systemctl", "try-reload-or-restart", systemd.NGINX_UNIT), "nginx forgets the front")
 
 
 def _forget_failure(*units: str) -> Run:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from chatterbox_deploy.render import RenderedFile
     from chatterbox_deploy.systemd import Mark
 
-NGINX_UNIT = "nginx.service"
 
 APPLY = "chatterbox-deploy apply"
 
@@ -252,7 +251,7 @@ def report(
         rows.append(seen.row())
     return Report(
         rows=tuple(rows),
-        nginx=None if found.units is None else found.units.get(NGINX_UNIT, Unit()).active,
+        nginx=None if found.units is None else found.units.get(systemd.NGINX_UNIT, Unit()).active,
         listen=fleet.front.listen,
         front_answers=found.front_answers,
         wrong=tuple(_wrong_with_the_fleet(fleet, _as_listed(wanted, front_text, front), found)),
@@ -435,16 +434,16 @@ def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: F
         wrong.append("no systemd answers here, so nothing is known of the units")
     wrong += [f"{path} {how}: {APPLY}" for path, how in _outdated_files(fleet, wanted, found)]
     if found.units is not None:
-        target, front = (found.units.get(name, Unit()) for name in (systemd.TARGET, NGINX_UNIT))
+        target, front = (found.units.get(name, Unit()) for name in (systemd.TARGET, systemd.NGINX_UNIT))
         if target.load != "not-found" and target.file_state != "enabled":
             wrong.append(f"nothing starts the fleet at boot: systemctl enable {systemd.TARGET}")
         if front.active != "active":
-            wrong.append(f"nginx is {front.active}: `journalctl -u {NGINX_UNIT}`")
+            wrong.append(f"nginx is {front.active}: `journalctl -u {systemd.NGINX_UNIT}`")
         timer = found.units.get(systemd.RECYCLE_TIMER, Unit())
         if fleet.service.recycles and timer.load != "not-found" and timer.active != "active":
             wrong.append(f"nothing recycles the instances: systemctl start {systemd.RECYCLE_TIMER}")
     if found.front_answers is False:
-        wrong.append(f"the front does not answer on {fleet.front.listen}: `journalctl -u {NGINX_UNIT}`")
+        wrong.append(f"the front does not answer on {fleet.front.listen}: `journalctl -u {systemd.NGINX_UNIT}`")
     return wrong
 
 

@@ -59,7 +59,7 @@ def _texts(host: Host, wanted: Iterable[RenderedFile]) -> dict[PurePosixPath, st
 
 def _units(host: Host, names: list[str]) -> dict[str, Unit] | None:
     # The glob is for what runs though its file is gone.
-    argv = systemd.show_argv([*names, status.NGINX_UNIT, "chatterbox-tts-*.service"], status.PROPERTIES)
+    argv = systemd.show_argv([*names, systemd.NGINX_UNIT, "chatterbox-tts-*.service"], status.PROPERTIES)
     try:
         shown = host.run(argv, timeout_s=SHOW_TIMEOUT_S).stdout
     except CommandFailed:

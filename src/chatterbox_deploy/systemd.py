@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 TARGET = "chatterbox-tts.target"
 FRONT_UNIT = "chatterbox-tts-nginx.service"
 NODES_UNIT = "chatterbox-tts-gpu-nodes.service"
+NGINX_UNIT = "nginx.service"
+"""The distribution's: it serves our front beside whatever else it serves."""
+
 RECYCLE_UNIT = "chatterbox-tts-recycle.service"
 RECYCLE_TIMER = "chatterbox-tts-recycle.timer"
 STARTS_AT_BOOT = PurePosixPath(f"/etc/systemd/system/multi-user.target.wants/{TARGET}")

@@ -65,7 +65,7 @@ def as_it_should_be(text: str = TWO) -> Found:
     units = {systemd.unit_name(instance.name): ACTIVE for instance in resolved.instances}
     marks = {file.path.name: systemd.find_mark(file.text) for file in files if file.path.name in units}
     return Found(
-        units={**units, systemd.TARGET: TARGET, status.NGINX_UNIT: NGINX, systemd.RECYCLE_TIMER: TARGET},
+        units={**units, systemd.TARGET: TARGET, systemd.NGINX_UNIT: NGINX, systemd.RECYCLE_TIMER: TARGET},
         texts={file.path: file.text for file in files},
         running=marks,
         readiness={instance.name: READY for instance in resolved.instances},
@@ -372,7 +372,7 @@ def test_what_is_wrong_with_no_instance_in_particular_stands_below() -> None:
         **(found.units or {}),
         systemd.TARGET: replace(TARGET, file_state="disabled"),
         systemd.RECYCLE_TIMER: replace(TARGET, active="inactive"),
-        status.NGINX_UNIT: replace(NGINX, active="failed"),
+        systemd.NGINX_UNIT: replace(NGINX, active="failed"),
     }
     front = rendered(text + "[nginx]\nlisten = '127.0.0.1:7000'\n")
     texts = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import fleet, render, systemd
+from chatterbox_deploy import apply, fleet, render, systemd
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 _MARGIN_S = 120
 """For what systemd does beside starting an instance: device nodes, nginx."""
-
-_STOP_TIMEOUT_S = 86_400
-"""A stop takes as long as the longest stream that still goes on; systemd itself kills what hangs."""
 
 
 @click.command("start")
@@ -53,7 +50,7 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
 
     Each finishes what it began. At the next boot the fleet starts again.
     """
-    resolved, chosen = _choose(fleet_file, who)
+    _, chosen = _choose(fleet_file, who)
     host = LocalHost()
     units = [systemd.unit_name(instance.name) for instance in chosen]
     if not who:
@@ -62,7 +59,7 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
         units += [unit for unit in others if _is_installed(host, unit)]
     _refuse_missing(host, "stop", chosen)
     click.echo(f"stopping {_listed(chosen)}; what was begun is finished first", err=True)
-    _systemctl(host, ("stop", *units), timeout_s=max(_STOP_TIMEOUT_S, resolved.service.stop_timeout_s))
+    _systemctl(host, ("stop", *units), timeout_s=apply.LONGEST_STOP_S)
     click.echo(f"stopped {_listed(chosen)}", err=True)
 
 
@@ -96,7 +93,7 @@ def _start(host: Host, verb: str, resolved: Fleet, chosen: Sequence[Instance], *
     _systemctl(
         host,
         (verb, *([systemd.TARGET] if whole else []), *units),
-        timeout_s=service.start_timeout_s + _MARGIN_S + (_STOP_TIMEOUT_S if verb == "restart" else 0),
+        timeout_s=service.start_timeout_s + _MARGIN_S + (apply.LONGEST_STOP_S if verb == "restart" else 0),
     )
     click.echo(f"{verb}ed {_listed(chosen)}", err=True)
 
