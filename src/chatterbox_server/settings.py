@@ -234,7 +234,7 @@ class Settings(BaseModel):
                 f"{_variable(str(problem['loc'][0]))}: {_said(problem['msg'])}, got {problem['input']!r}"
                 for problem in error.errors()
             )
-            raise SettingsError(tuple(sorted(problems))) from None
+            raise SettingsError(tuple(sorted(set(problems)))) from None
         if problems:
             raise SettingsError(tuple(problems))
         return settings
