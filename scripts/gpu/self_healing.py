@@ -50,7 +50,7 @@ def load():
 
     def synthesize(utterance, errand):
         if "poison" in utterance.text:
-            engine._stages.tokens = out_of_bounds
+            engine.stages.tokens = out_of_bounds
         return speak(utterance, errand)
 
     engine.synthesize = synthesize

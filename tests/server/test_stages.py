@@ -132,17 +132,17 @@ class TestAsGenerate:
         import torch
 
         engine = build(kind)
-        tokens = engine._stages.tokens(changed(engine), Errand())
+        tokens = engine.stages.tokens(changed(engine), Errand())
         torch.manual_seed(99)
         before = torch.get_rng_state()
-        sound = engine._stages.sound(tokens)
+        sound = engine.stages.sound(tokens)
         assert torch.equal(torch.get_rng_state(), before)
-        engine._stages.marked(sound)
+        engine.stages.marked(sound)
         assert torch.equal(torch.get_rng_state(), before)
         # It does draw: from where T3 stopped, whatever the default generator is at.
-        assert same(engine._stages.sound(tokens), sound)
+        assert same(engine.stages.sound(tokens), sound)
         elsewhere = dataclasses.replace(tokens, drawn={"cpu": before})
-        assert not same(engine._stages.sound(elsewhere), sound)
+        assert not same(engine.stages.sound(elsewhere), sound)
 
     def test_every_draw_is_that_of_the_default_generator(self) -> None:
         import torch

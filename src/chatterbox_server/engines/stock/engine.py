@@ -84,7 +84,7 @@ class StockEngine:
         self._source = source
         if placement.split:
             model.s3gen.to(placement.s3gen)
-        self._stages = make(model, KINDS[kind], placement, autocast=autocast, voices_kept=voices_kept)
+        self.stages = make(model, KINDS[kind], placement, autocast=autocast, voices_kept=voices_kept)
         self._t3 = self._lane("t3", placement.t3)
         self._s3gen = self._lane("s3gen", placement.s3gen)
         for card in placement.cards:
@@ -110,7 +110,7 @@ class StockEngine:
             "torch": str(torch.__version__),
             "cuda": torch.version.cuda,
             "chatterbox_tts": metadata.version("chatterbox-tts"),
-            "voices_kept": len(self._stages.voices),
+            "voices_kept": len(self.stages.voices),
         }
 
     def memory(self) -> GpuMemory | None:
@@ -144,20 +144,20 @@ class StockEngine:
 
         def to_tokens() -> "Tokens":
             with errand.at_work(), failures.told(cards):
-                tokens = self._stages.tokens(utterance, errand)
+                tokens = self.stages.tokens(utterance, errand)
             # From this thread, not from ours: T3 rests until the next one is chosen.
             errand.make_way()
             return tokens
 
         def to_sound() -> NDArray[np.float32]:
             with errand.at_work(), failures.told(cards):
-                return self._stages.sound(tokens)
+                return self.stages.sound(tokens)
 
         with silenced():
             tokens = self._t3.do(to_tokens)
             sound = self._s3gen.do(to_sound)
             with errand.at_work():
-                return self._stages.marked(sound)
+                return self.stages.marked(sound)
 
     def _lane(self, stage: str, device: str) -> lanes.Lane:
         if self.places == 1:

@@ -39,7 +39,7 @@ class Stages:
     def __init__(
         self, model: Any, kind: Kind, placement: Placement, *, autocast: Autocast = "off", voices_kept: int
     ) -> None:
-        self._model = model
+        self.model = model
         self._kind = kind
         self._placement = placement
         self._autocast = autocast
@@ -56,15 +56,15 @@ class Stages:
             voice = self.voices.find(utterance.voice)
             # Last, for hearing a recording may draw numbers. Seeds every GPU as well.
             torch.manual_seed(utterance.seed)
-            with self._precision(self._placement.t3), _hooked(self._model.t3.tfmr, errand):
-                speech = self._kind.tokens(self._model, utterance, voice.for_t3())
+            with self._precision(self._placement.t3), _hooked(self.model.t3.tfmr, errand):
+                speech = self._kind.tokens(self.model, utterance, voice.for_t3())
             return Tokens(speech.cpu(), voice, dice.taken(self._placement.t3))
 
     def sound(self, tokens: Tokens) -> NDArray[np.float32]:
         """Speech tokens to sound: flow and vocoder."""
         device = self._placement.s3gen
         with torch.inference_mode(), dice.Drawing(tokens.drawn, device), self._precision(device):
-            sound, _ = self._model.s3gen.inference(
+            sound, _ = self.model.s3gen.inference(
                 speech_tokens=tokens.speech.to(device),
                 ref_dict=tokens.voice.for_s3gen(),
                 n_cfm_timesteps=self._kind.flow_steps,
@@ -76,7 +76,7 @@ class Stages:
         """With the package's watermark, on the CPU. Keeps no state: any number of threads may be in it."""
         # Outside inference_mode, host memory grows with every call.
         with torch.inference_mode():
-            marked = self._model.watermarker.apply_watermark(samples, sample_rate=self._model.sr)
+            marked = self.model.watermarker.apply_watermark(samples, sample_rate=self.model.sr)
         return np.asarray(marked, np.float32)
 
     def _precision(self, device: str) -> contextlib.AbstractContextManager[Any]:
