@@ -171,16 +171,16 @@ def test_of_a_failure_is_told_in_its_turn_and_what_comes_behind_is_not_spoken() 
     run(scenario())
 
 
-def test_what_is_in_hand_behind_a_failure_is_dropped() -> None:
+def test_what_is_in_hand_behind_a_failure_is_dropped_also_when_nobody_reads() -> None:
     async def scenario() -> None:
         engine = Gates(places=4)
         async with a_queue(engine) as queue:
-            book = asked(queue, "fail", "2", "3")
-            await until(lambda: begun(engine) == {"fail", "2"})
-            engine.open("fail")
-            with pytest.raises(EngineError, match="the fan is stuck"):
-                await book
-            await until(lambda: not queue.running)
+            async with queue.admit([an_utterance(text) for text in ("fail", "2", "3")]) as place:
+                await until(lambda: begun(engine) == {"fail", "2"})
+                engine.open("fail")
+                await until(lambda: not queue.running)
+                with pytest.raises(EngineError, match="the fan is stuck"):
+                    await anext(aiter(place))
             assert begun(engine) == {"fail", "2"}
 
     run(scenario())

@@ -340,34 +340,36 @@ class TestSeveralAtOnce:
         assert asyncio.run(at_once(pipeline=True)) == expected
         assert asyncio.run(at_once(pipeline=True, placement=APART)) == expected
 
-    def test_t3_begins_the_next_while_s3gen_ends_the_last(self, build: Build) -> None:
+    @pytest.mark.parametrize("requests", [1, 3])
+    def test_t3_begins_the_next_while_s3gen_ends_the_last(self, requests: int, build: Build) -> None:
         """S3Gen waits here for T3 to come to the next one: one after another, it would wait for ever."""
         from chatterbox_server.engines.stock.stages import Stages, Tokens
 
-        begun = threading.Semaphore(0)
+        count = 3
+        ahead = threading.Semaphore(0)
 
         class Meeting(Stages):
+            begun = 0
+
             def tokens(self, utterance: Utterance, errand: Errand) -> Tokens:
-                begun.release()
+                self.begun += 1
+                if self.begun > 1:
+                    ahead.release(1 if self.begun < count else 2)
                 return super().tokens(utterance, errand)
 
             def sound(self, tokens: Tokens) -> NDArray[np.float32]:
-                assert begun.acquire(timeout=PATIENCE_S), "T3 rested"
+                assert ahead.acquire(timeout=PATIENCE_S), "T3 rested"
                 return super().sound(tokens)
 
         async def scenario() -> None:
-            engine = build("turbo", pipeline=True, stages=Meeting)
-            utterances = [changed(engine, seed=seed) for seed in range(3)]
-            async with a_queue(engine) as queue:
-                # Also of one request, whose pieces are heard in order all the same.
-                together = asyncio.create_task(outcome(queue, utterances))
-                alone = await outcome(queue, utterances[:1])
-                assert (await together)[:1] == alone
-            begun.release(4)
-            assert [said(engine, utterance).tobytes() for utterance in utterances] == together.result()
+            expected = [said(build("turbo"), utterance).tobytes() for utterance in utterances]
+            async with a_queue(build("turbo", pipeline=True, stages=Meeting)) as queue:
+                # Pieces of one request are heard in order all the same.
+                size = count // requests
+                asked = [outcome(queue, utterances[start : start + size]) for start in range(0, count, size)]
+                assert [sound for heard in await asyncio.gather(*asked) for sound in heard] == expected
 
-        # The first of all has nobody before it.
-        begun.acquire(blocking=False)
+        utterances = [changed(build("turbo"), seed=seed) for seed in range(count)]
         run(scenario())
 
     def test_t3_gets_ahead_of_s3gen_by_no_more_than_there_are_places(self, build: Build) -> None:
