@@ -182,10 +182,11 @@ class Engine(Protocol):
 
         Up to ``places`` threads call it at once. None comes in before each that is inside has made way
         (``errand.make_way``) or is done, so that whose turn it is can be decided as late as possible: an engine that
-        can begin the next one earlier says so.
+        can begin the next one earlier says so. What it does, it does ``errand.at_work()``: how long that lasts tells
+        an engine that is stuck.
 
         Raises:
-            Dropped: ``errand`` was dropped. An engine of several steps asks between them.
+            Dropped: ``errand`` was dropped. An engine of several steps checks between them.
             Refused: the voice or another part of the utterance cannot be used.
             OutOfMemory: it did not fit.
             EngineBroken: the process must be replaced; whatever else is in hand is lost, too.

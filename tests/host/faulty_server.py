@@ -71,7 +71,8 @@ class FaultyEngine:
             fault, number = self._fault.read_text().split()
         except FileNotFoundError:
             fault, number = "none", "0"
-        self._fail(fault, int(number))
+        with errand.at_work():
+            self._fail(fault, int(number))
         if fault == "silent":
             return np.zeros(self.sample_rate_hz, dtype=np.float32)
         self._freed = False
