@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast
 
 import numpy as np
 
-from chatterbox_server.engine import Sampling, Utterance
+from chatterbox_server.engine import Errand, Sampling, Utterance
 from chatterbox_server.order import DUE, PAUSE_S, Claim, Order, order
 from chatterbox_server.queue import EngineQueue
 from chatterbox_server.speaker import Sound
@@ -87,7 +87,7 @@ class Shortest:
     def choose(self, claims: Sequence[Claim], now_s: float) -> int:  # noqa: ARG002
         return min(range(len(claims)), key=lambda index: (claims[index].remaining_s, claims[index].admitted_s))
 
-    def served(self, claim: Claim, engine_s: float) -> None:
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
         pass
 
 
@@ -109,7 +109,7 @@ class Shrinking:
 
         return min(range(len(claims)), key=place)
 
-    def served(self, claim: Claim, engine_s: float) -> None:
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
         pass
 
 
@@ -198,7 +198,7 @@ def simulate(coming: deque[Request], chosen_by: Order, *, places: float, max_wai
         piece_s = one.begin_piece(now_s)
         now_s += piece_s
         admit(now_s, running=1)
-        chosen_by.served(one.claim, piece_s)
+        chosen_by.served(one.claim, piece_s, now_s)
         one.end_piece(piece_s, now_s)
         if one.left_s > 1e-9:
             waiting.append(one)
@@ -216,8 +216,8 @@ class Scaled:
     def choose(self, claims: Sequence[Claim], now_s: float) -> int:
         return self.inner.choose([self._true(claim) for claim in claims], now_s / SCALE)
 
-    def served(self, claim: Claim, engine_s: float) -> None:
-        self.inner.served(self._true(claim), engine_s / SCALE)
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
+        self.inner.served(self._true(claim), engine_s / SCALE, now_s / SCALE)
 
     def _true(self, claim: Claim) -> Claim:
         return replace(
@@ -225,17 +225,23 @@ class Scaled:
             admitted_s=claim.admitted_s / SCALE,
             waiting_since_s=claim.waiting_since_s / SCALE,
             remaining_s=claim.remaining_s / SCALE,
+            piece_s=claim.piece_s / SCALE,
         )
 
 
 class Sleeper:
     """All that the queue itself asks of an engine."""
 
+    places = 1
+
+    def memory(self) -> None:
+        pass
+
     def free(self) -> None:
         pass
 
 
-def sleep(_engine: Engine, utterance: Utterance) -> Sound:
+def sleep(_engine: Engine, utterance: Utterance, _errand: Errand, _free: Callable[[], None]) -> Sound:
     time.sleep(len(utterance.text) / CHARS_PER_S * SCALE)
     return Sound(np.zeros(1, np.float32))
 

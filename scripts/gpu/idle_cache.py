@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from stock_server import CHECKOUT, TEXT
 
-from chatterbox_server.engine import Utterance
+from chatterbox_server.engine import Errand, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.settings import Settings
 
@@ -44,7 +44,7 @@ def main() -> None:
     def spoken_s() -> float:
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        engine.synthesize(utterance)
+        engine.synthesize(utterance, Errand())
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 

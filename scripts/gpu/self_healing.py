@@ -48,10 +48,10 @@ def load():
     engine = engines.load(settings)
     speak = engine.synthesize
 
-    def synthesize(utterance):
+    def synthesize(utterance, errand):
         if "poison" in utterance.text:
-            engine._chatterbox.generate = out_of_bounds
-        return speak(utterance)
+            engine.stages.tokens = out_of_bounds
+        return speak(utterance, errand)
 
     engine.synthesize = synthesize
     return engine

@@ -245,6 +245,9 @@ class ServerConfig(_Strict):
     autocast: Literal["off", "fp16", "bf16"] = "off"
     """Run the model under torch.autocast. Slower than off on an H200 (scripts/gpu/stock_server_sweep.txt)."""
 
+    pipeline: Literal["auto", "on", "off"] = "auto"
+    """Begin the next utterance while the last one becomes sound (stock engine). auto: where it has two GPUs."""
+
     queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
     """Requests that may wait behind the one being spoken, per instance; one more is answered 503."""
 

@@ -350,6 +350,7 @@ def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict
         "TF32": server.tf32,
         "CUDNN_BENCHMARK": server.cudnn_benchmark,
         "AUTOCAST": server.autocast,
+        "PIPELINE": server.pipeline,
         "VOICES_DIR": f"{places.state_dir}/voices",
         "QUEUE_SIZE": server.queue_size,
         "MAX_WAIT_S": server.max_wait_s,

@@ -22,7 +22,8 @@ from chatterbox_server.limits import BodyLimit, longest_json
 from chatterbox_server.metrics import Gauges, Metrics, count_start, outcome_of, route_of
 from chatterbox_server.openapi import TAGS, App
 from chatterbox_server.order import order
-from chatterbox_server.queue import EngineQueue, Spoken
+from chatterbox_server.place import Spoken
+from chatterbox_server.queue import EngineQueue
 from chatterbox_server.results import Results
 from chatterbox_server.routes import compat, health, models, speech, voices
 from chatterbox_server.routes import metrics as metrics_route

@@ -25,7 +25,7 @@ from chatterbox_server import audio
 from chatterbox_server.engine import EngineError, OutOfMemory, Refused, Utterance
 from chatterbox_server.joints import Joints
 from chatterbox_server.metrics import Outcome
-from chatterbox_server.queue import Busy, Place
+from chatterbox_server.place import Busy, Place
 from chatterbox_server.service import Service
 
 T = TypeVar("T")

@@ -1,6 +1,8 @@
 """What an engine is: the words that the queue, the routes and every engine share. Imports no engine."""
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -33,6 +35,10 @@ class Refused(Exception):
         """Field of the request that is to blame."""
 
 
+class Dropped(Exception):
+    """Nobody waits for the utterance any more; nothing went wrong."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How the model chooses; the defaults are those of ``ChatterboxTTS.generate`` (0.1.7)."""
@@ -63,6 +69,68 @@ class Utterance:
     """Chosen at the door when the client gave none, so that every answer can be repeated."""
 
 
+class Errand:
+    """One utterance's way through an engine: who asked can take it back, and the engine says how far it is.
+
+    Any thread may use it; of those that work on the utterance, one at a time.
+    """
+
+    def __init__(self, on_way: Callable[[], None] = lambda: None) -> None:
+        """``on_way`` is called, on whichever thread it happens, once the next utterance may come in."""
+        self._on_way = on_way
+        self._wanted = True
+        # Worked seconds, whether at work, since when: one tuple, so that no reader sees half of a change.
+        self._now: tuple[float, bool, float] = (0.0, False, time.monotonic())
+        self.in_the_way = True
+        """The engine cannot begin another utterance yet."""
+
+    def drop(self) -> None:
+        """Nobody waits for it any more."""
+        self._wanted = False
+
+    def check(self) -> None:
+        """Cheap enough to be called at every step.
+
+        Raises:
+            Dropped: nobody waits for it any more.
+        """
+        if not self._wanted:
+            raise Dropped
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around each stretch of work: what lies between, the wait for one's turn, makes no engine seem stuck.
+
+        Raises:
+            Dropped: before the work begins.
+        """
+        self.check()
+        worked_s, _, _ = self._now
+        began_s = time.monotonic()
+        self._now = (worked_s, True, began_s)
+        try:
+            yield
+        finally:
+            ended_s = time.monotonic()
+            self._now = (worked_s + ended_s - began_s, False, ended_s)
+
+    def make_way(self) -> None:
+        """The next utterance may come in, while this one goes on."""
+        if self.in_the_way:
+            self.in_the_way = False
+            self._on_way()
+
+    def worked_s(self, now_s: float) -> float:
+        """Seconds of work so far, on ``time.monotonic``'s clock."""
+        worked_s, at_work, since_s = self._now
+        return worked_s + (now_s - since_s if at_work else 0.0)
+
+    def idle_s(self, now_s: float) -> float:
+        """Seconds since anybody worked on it, or since it came; 0 while somebody does."""
+        _, at_work, since_s = self._now
+        return 0.0 if at_work else now_s - since_s
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuMemory:
     """Of all GPUs that the engine uses, together."""
@@ -77,12 +145,14 @@ class GpuMemory:
 
 
 class Engine(Protocol):
-    """A loaded model. Not thread-safe: the queue calls it from one worker thread."""
+    """A loaded model. It is built on one of the threads that will call it."""
 
     name: str
     """``stock``, ``espeak`` …"""
     model: str
     """What is loaded, as ``/v1/models`` names it."""
+    places: int
+    """Utterances that it may have in hand at once, each on a thread of its caller's; 1: one after another."""
     sample_rate_hz: int
     longest_piece: int
     """Characters of one utterance that it speaks well; longer text is split before it comes here."""
@@ -100,20 +170,26 @@ class Engine(Protocol):
         ...
 
     def memory(self) -> GpuMemory | None:
-        """What is held now; ``None`` without a GPU. Called between utterances, on the engine's thread."""
+        """What is held now; ``None`` without a GPU. Called on any of the callers' threads, also beside an utterance."""
         ...
 
     def free(self) -> None:
-        """Give back what is cached and not in use; called between utterances, on the engine's thread."""
+        """Give back what is cached and not in use; called while no utterance is in hand."""
         ...
 
-    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         """Return mono samples in [-1, 1] at ``sample_rate_hz``.
 
+        Up to ``places`` threads call it at once. None comes in before each that is inside has made way
+        (``errand.make_way``) or is done, so that whose turn it is can be decided as late as possible: an engine that
+        can begin the next one earlier says so. What it does, it does ``errand.at_work()``: how long that lasts tells
+        an engine that is stuck.
+
         Raises:
+            Dropped: ``errand`` was dropped. An engine of several steps checks between them.
             Refused: the voice or another part of the utterance cannot be used.
             OutOfMemory: it did not fit.
-            EngineBroken: the process must be replaced.
-            EngineError: anything else.
+            EngineBroken: the process must be replaced; whatever else is in hand is lost, too.
+            EngineError: anything else. No other utterance suffers.
         """
         ...

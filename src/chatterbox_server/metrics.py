@@ -206,7 +206,7 @@ class _Now(Collector):
     def collect(self) -> Iterator[Metric]:
         now = self._read()
         yield _gauge("chatterbox_queue_waiting", "Requests that wait for the engine now.", now.waiting)
-        yield _gauge("chatterbox_running", "Requests that the engine speaks now.", now.running)
+        yield _gauge("chatterbox_running", "Pieces of text that the engine has in hand now.", now.running)
         yield _gauge(
             "chatterbox_ready", "1 while a request sent now would be spoken, as /readyz says; else 0.", now.ready
         )

@@ -36,6 +36,8 @@ class Claim:
     remaining_s: float
     """Estimated engine seconds still to do; only who goes first hangs on it, no bound."""
     begun: bool
+    piece_s: float = 0.0
+    """Estimated engine seconds of its next piece: charged when it is chosen, for others may be before it is served."""
 
 
 class Order(Protocol):
@@ -43,8 +45,8 @@ class Order(Protocol):
         """Index of the claim whose piece is next; ``claims`` are all there are, at least one."""
         ...
 
-    def served(self, claim: Claim, engine_s: float) -> None:
-        """The chosen claim's piece has taken ``engine_s``, whatever became of it."""
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
+        """The piece of a claim that was chosen has taken ``engine_s``, whatever became of it."""
         ...
 
 
@@ -58,14 +60,16 @@ class _Account:
     had_s: float
     """Engine seconds, counted from where the client began."""
     last_s: float
-    """When it came, or its last piece ended."""
+    """When it came, or its last piece began or ended."""
+    in_hand: int = 0
+    """Pieces that the engine has."""
 
 
 class _Accounts:
     """What each client has had of the engine, so that who has had least goes first (start-time fair queueing).
 
     A client that comes begins level with the least served of those who wait, so idleness saves nothing. It is
-    remembered while it waits, and for a minute after if it is ahead of them.
+    remembered while it waits or is served, and for a minute after if it is ahead of them.
     """
 
     def __init__(self) -> None:
@@ -89,12 +93,22 @@ class _Accounts:
         self._of = {
             client: account
             for client, account in self._of.items()
-            if client in waiting or (account.had_s > self._level_s and now_s - account.last_s < FORGET_S)
+            if client in waiting
+            or account.in_hand
+            or (account.had_s > self._level_s and now_s - account.last_s < FORGET_S)
         }
 
-    def add(self, client: str, engine_s: float) -> None:
-        self._of[client].had_s += engine_s
-        self._of[client].last_s += engine_s
+    def begin(self, claim: Claim, now_s: float) -> None:
+        account = self._of[claim.client]
+        account.had_s += claim.piece_s
+        account.last_s = now_s
+        account.in_hand += 1
+
+    def end(self, claim: Claim, engine_s: float, now_s: float) -> None:
+        account = self._of[claim.client]
+        account.had_s += engine_s - claim.piece_s
+        account.last_s = now_s
+        account.in_hand -= 1
 
 
 class _Fifo:
@@ -111,11 +125,11 @@ class _Fifo:
             return not claim.begun, 0.0 if claim.begun else self._accounts[claim.client].had_s, claim.admitted_s
 
         chosen = min(range(len(claims)), key=place)
-        self._accounts[claims[chosen].client].last_s = now_s
+        self._accounts.begin(claims[chosen], now_s)
         return chosen
 
-    def served(self, claim: Claim, engine_s: float) -> None:
-        self._accounts.add(claim.client, engine_s)
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
+        self._accounts.end(claim, engine_s, now_s)
 
 
 class _Size:
@@ -145,8 +159,8 @@ class _Size:
             return 2, account.had_s, rank, claim.waiting_since_s, claim.admitted_s
 
         chosen = min(range(len(claims)), key=place)
-        self._accounts[claims[chosen].client].last_s = now_s
+        self._accounts.begin(claims[chosen], now_s)
         return chosen
 
-    def served(self, claim: Claim, engine_s: float) -> None:
-        self._accounts.add(claim.client, engine_s)
+    def served(self, claim: Claim, engine_s: float, now_s: float) -> None:
+        self._accounts.end(claim, engine_s, now_s)

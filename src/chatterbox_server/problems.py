@@ -13,7 +13,7 @@ from starlette.routing import Match
 
 from chatterbox_server.audio import NotSound
 from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory, Refused
-from chatterbox_server.queue import Busy
+from chatterbox_server.place import Busy
 from chatterbox_server.recordings import NotARecording
 from chatterbox_server.results import CannotKeep, KeepsNothing, NoSuchResult
 from chatterbox_server.voices import BadName, LibraryFull, LibraryReadOnly, NameTaken, UnknownVoice

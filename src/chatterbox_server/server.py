@@ -174,7 +174,7 @@ def resident_bytes() -> int:
 def status_words(service: Service) -> str:
     """One line for an operator: what it does now, and how much it has done."""
     queue = service.queue
-    doing = "speaking" if queue.running else "idle"
+    doing = {0: "idle", 1: "speaking"}.get(queue.running, f"speaking {queue.running} at once")
     parts = [doing, f"{queue.waiting} waiting", f"{queue.spoken} spoken"]
     if queue.draining:
         parts.insert(0, "stopping")

@@ -146,6 +146,9 @@ class Settings(BaseModel):
     autocast: Literal["off", "fp16", "bf16"] = "off"
     """Lower precision around the model; measured slower than ``off`` on an H200."""
 
+    pipeline: Literal["auto", "on", "off"] = "auto"
+    """Whether the stock engine begins an utterance while it ends another; ``auto`` is where it has two GPUs."""
+
     voices_dir: Directory | None = None
     """``NAME.wav`` (flac, ogg, mp3) here is voice NAME; ``None`` leaves the built-in voice."""
 

@@ -1,16 +1,17 @@
 """One piece of text, spoken well: sound of a plausible length, or smaller bites where memory is short.
 
-Runs on the engine's thread; decides when to ask the engine again, never what to do with an error that stays.
+Runs on a thread that may call the engine; decides when to ask it again, never what to do with an error that stays.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chatterbox_server import pace, text
-from chatterbox_server.engine import Engine, Failure, OutOfMemory, Utterance
+from chatterbox_server.engine import Engine, Errand, Failure, OutOfMemory, Utterance
 from chatterbox_server.joints import Joints
 
 SMALLEST = 40
@@ -24,18 +25,27 @@ class Sound:
     """What did not go well at once: ``out_of_memory``, ``odd_piece``."""
 
 
-def speak(engine: Engine, utterance: Utterance, *, check_duration: bool = True) -> Sound:
+Speak = Callable[[Engine, Utterance, Errand, Callable[[], None]], Sound]
+"""As ``speak``, told the rest."""
+
+
+def speak(
+    engine: Engine, utterance: Utterance, errand: Errand, free: Callable[[], None], *, check_duration: bool = True
+) -> Sound:
     """Speak ``utterance``, once more if it came out too short or too long for its text.
 
+    ``free`` has the engine give memory back, as soon as it has nothing else in hand.
+
     Raises:
-        Refused, EngineError: as the engine does; ``OutOfMemory`` only if smaller bites did not fit either.
+        Dropped, Refused, EngineError: as the engine does; ``OutOfMemory`` only if smaller bites did not fit either.
     """
-    samples, remarks = _in_memory(engine, utterance)
+    samples, remarks = _in_memory(engine, utterance, errand, free)
     if not check_duration or _plausible(engine, utterance, samples):
         return Sound(samples, remarks)
+    errand.check()
     # The model sometimes stops early or rambles on; other dice seldom do it again.
     try:
-        again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1))
+        again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1), errand, free)
     except OutOfMemory:
         # An odd sound is better than none.
         return Sound(samples, (*remarks, "out_of_memory", "odd_piece"))
@@ -43,20 +53,26 @@ def speak(engine: Engine, utterance: Utterance, *, check_duration: bool = True) 
     return Sound(better, (*remarks, *more, "odd_piece"))
 
 
-def _in_memory(engine: Engine, utterance: Utterance) -> tuple[NDArray[np.float32], tuple[Failure, ...]]:
+def _in_memory(
+    engine: Engine, utterance: Utterance, errand: Errand, free: Callable[[], None]
+) -> tuple[NDArray[np.float32], tuple[Failure, ...]]:
     """The sound, in halves where the whole does not fit."""
     try:
-        return engine.synthesize(utterance), ()
+        return engine.synthesize(utterance, errand), ()
     except OutOfMemory:
         # Outside this handler, whose exception holds the frames that hold the memory.
         pass
-    engine.free()
+    free()
     halves = text.split(
         utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)
     )
     joints = Joints(engine.sample_rate_hz)
-    # Without the pauses of the split: it would have been one breath.
-    sounds = [joints.join(engine.synthesize(dataclasses.replace(utterance, text=half.text)), 0.0) for half in halves]
+    sounds = []
+    for half in halves:
+        errand.check()
+        sound = engine.synthesize(dataclasses.replace(utterance, text=half.text), errand)
+        # Without the pauses of the split: it would have been one breath.
+        sounds.append(joints.join(sound, 0.0))
     return np.concatenate(sounds), ("out_of_memory",)
 
 

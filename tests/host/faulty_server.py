@@ -20,7 +20,7 @@ import numpy as np
 from chatterbox_server import logs
 from chatterbox_server.__main__ import serve
 from chatterbox_server.app import WARM_UP
-from chatterbox_server.engine import EngineBroken, OutOfMemory, Sampling, Utterance
+from chatterbox_server.engine import EngineBroken, Errand, OutOfMemory, Sampling, Utterance
 from chatterbox_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ UTTERANCE_S = 0.02
 class FaultyEngine:
     name = "faulty"
     model = "faulty-1"
+    places = 1
     sample_rate_hz = 24_000
     longest_piece = 300
     tokens_per_audio_s: float | None = None
@@ -62,7 +63,7 @@ class FaultyEngine:
     def free(self) -> None:
         self._freed = True
 
-    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         self._utterances += 1
         if POISON in utterance.text:
             raise EngineBroken("CUDA error: device-side assert triggered, by this text")
@@ -70,7 +71,8 @@ class FaultyEngine:
             fault, number = self._fault.read_text().split()
         except FileNotFoundError:
             fault, number = "none", "0"
-        self._fail(fault, int(number))
+        with errand.at_work():
+            self._fail(fault, int(number))
         if fault == "silent":
             return np.zeros(self.sample_rate_hz, dtype=np.float32)
         self._freed = False

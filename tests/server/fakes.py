@@ -20,6 +20,7 @@ from chatterbox_server.engine import (
     Engine,
     EngineBroken,
     EngineError,
+    Errand,
     GpuMemory,
     OutOfMemory,
     Refused,
@@ -27,7 +28,8 @@ from chatterbox_server.engine import (
     Utterance,
 )
 from chatterbox_server.order import order as order_of
-from chatterbox_server.queue import EngineQueue, Spoken
+from chatterbox_server.place import Spoken
+from chatterbox_server.queue import EngineQueue
 from chatterbox_server.settings import Settings
 
 T = TypeVar("T")
@@ -37,7 +39,10 @@ PATIENCE_S = 30.0
 
 
 class FakeEngine:
-    """Says a noise that belongs to the utterance; what goes wrong is written in the text."""
+    """Says a noise that belongs to the utterance; what goes wrong is written in the text.
+
+    With several places it takes the next utterance as soon as it has begun one.
+    """
 
     name = "fake"
     model = "fake-1"
@@ -48,7 +53,8 @@ class FakeEngine:
     languages: tuple[str, ...] = ("en", "de")
     defaults = Sampling()
 
-    def __init__(self, *, held: bool = False) -> None:
+    def __init__(self, *, held: bool = False, places: int = 1) -> None:
+        self.places = places
         self.heard: list[Utterance] = []
         self.freed = 0
         self.held = held
@@ -67,10 +73,12 @@ class FakeEngine:
     def free(self) -> None:
         self.freed += 1
 
-    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         self.heard.append(utterance)
-        if self.held and utterance.text != WARM_UP:
-            assert self._go.acquire(timeout=PATIENCE_S), "nobody let the engine go on"
+        errand.make_way()
+        with errand.at_work():
+            if self.held and utterance.text != WARM_UP:
+                assert self._go.acquire(timeout=PATIENCE_S), "nobody let the engine go on"
         match utterance.text:
             case "refuse":
                 raise Refused("that recording is silent", param="voice")

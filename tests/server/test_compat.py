@@ -13,7 +13,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from chatterbox_server.app import create_app
-from chatterbox_server.engine import Sampling, Utterance
+from chatterbox_server.engine import Errand, Sampling, Utterance
 from chatterbox_server.results import Results
 from chatterbox_server.routes.compat import REFERENCES
 from chatterbox_server.settings import Settings
@@ -260,10 +260,10 @@ class Listening(FakeEngine):
         super().__init__()
         self.lengths_s: list[float] = []
 
-    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         if utterance.voice is not None:
             self.lengths_s.append(soundfile.info(utterance.voice).duration)
-        return super().synthesize(utterance)
+        return super().synthesize(utterance, errand)
 
 
 @pytest.mark.parametrize("field", REFERENCES)

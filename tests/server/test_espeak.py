@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from chatterbox_server import engines
-from chatterbox_server.engine import EngineError, Refused
+from chatterbox_server.engine import EngineError, Errand, Refused
 from chatterbox_server.engines import espeak
 from chatterbox_server.settings import Settings
 from server.fakes import an_utterance
@@ -21,7 +21,7 @@ needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="nee
 def test_it_speaks_and_says_what_it_is() -> None:
     engine = engines.load(Settings(engine="espeak"))
 
-    samples = engine.synthesize(an_utterance("Hello there, this is a short sentence."))
+    samples = engine.synthesize(an_utterance("Hello there, this is a short sentence."), Errand())
 
     assert 1.0 < samples.size / engine.sample_rate_hz < 6.0
     assert samples.dtype == np.float32
@@ -33,24 +33,24 @@ def test_it_speaks_and_says_what_it_is() -> None:
 def test_speed_language_and_text_change_the_sound_and_the_seed_does_not() -> None:
     engine = espeak.load()
     plain = an_utterance("One two three four five.")
-    sound = engine.synthesize(plain)
+    sound = engine.synthesize(plain, Errand())
 
-    assert engine.synthesize(dataclasses.replace(plain, speed=2.0)).size < 0.7 * sound.size
-    assert not np.array_equal(engine.synthesize(dataclasses.replace(plain, language="de")), sound)
-    np.testing.assert_array_equal(engine.synthesize(dataclasses.replace(plain, seed=9)), sound)
+    assert engine.synthesize(dataclasses.replace(plain, speed=2.0), Errand()).size < 0.7 * sound.size
+    assert not np.array_equal(engine.synthesize(dataclasses.replace(plain, language="de"), Errand()), sound)
+    np.testing.assert_array_equal(engine.synthesize(dataclasses.replace(plain, seed=9), Errand()), sound)
 
 
 @needs_espeak
 def test_text_is_text_whatever_it_looks_like() -> None:
     engine = espeak.load()
     for text in ("--version", "-f /etc/passwd", "$(id); `id`", "<speak>x</speak>", "größe 漢字 🙂"):
-        assert engine.synthesize(an_utterance(text)).size > 1000, text
+        assert engine.synthesize(an_utterance(text), Errand()).size > 1000, text
 
 
 @needs_espeak
 def test_a_recording_is_refused() -> None:
     with pytest.raises(Refused, match=r"cannot imitate the recording anna\.wav"):
-        espeak.load().synthesize(an_utterance("x", voice=Path("/voices/anna.wav")))
+        espeak.load().synthesize(an_utterance("x", voice=Path("/voices/anna.wav")), Errand())
 
 
 def test_without_the_program_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

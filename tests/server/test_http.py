@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from chatterbox_server import audio
 from chatterbox_server.app import WARM_UP, create_app
-from chatterbox_server.engine import OutOfMemory, Sampling, Utterance
+from chatterbox_server.engine import Errand, OutOfMemory, Sampling, Utterance
 from chatterbox_server.joints import Joints
 from chatterbox_server.settings import Settings
 from server.fakes import FakeEngine, a_client, a_port, noise, run, until
@@ -356,11 +356,11 @@ def test_a_listener_who_leaves_a_stream_stops_it_at_the_next_piece() -> None:
 
 def test_out_of_memory_is_tried_once_more_in_smaller_bites() -> None:
     class Small(FakeEngine):
-        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+        def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
             if len(utterance.text) > 45:
                 self.heard.append(utterance)
                 raise OutOfMemory("the GPU is out of memory")
-            return super().synthesize(utterance)
+            return super().synthesize(utterance, errand)
 
     engine = Small()
     text = "This one sentence is too long for the memory, its halves are not."
@@ -401,8 +401,8 @@ def test_a_broken_engine_is_a_503_that_says_whose_request_it_was() -> None:
 
 def test_a_piece_of_an_odd_length_is_spoken_again_with_other_dice() -> None:
     class Rambling(FakeEngine):
-        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
-            sound = super().synthesize(utterance)
+        def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+            sound = super().synthesize(utterance, errand)
             return np.tile(sound, 600) if utterance.seed == 7 else np.tile(sound, 20)
 
     async def scenario() -> None:
@@ -499,10 +499,10 @@ def test_a_client_that_hangs_up_frees_its_place() -> None:
 
 def test_an_odd_piece_is_kept_when_there_is_no_memory_for_a_second_try() -> None:
     class Poor(FakeEngine):
-        def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+        def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
             if utterance.seed != 7 and utterance.text != WARM_UP:
                 raise OutOfMemory("the GPU is out of memory")
-            return super().synthesize(utterance)
+            return super().synthesize(utterance, errand)
 
     answer = post({"input": "How long can this take?", "seed": 7}, engine=Poor(), told=Settings())
     assert answer.headers["x-audio-duration"] == "0.100"

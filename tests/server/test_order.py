@@ -68,7 +68,7 @@ def turns(
         took_s = min(piece_s, left_s)
         spoken.append(Turn(claim, now_s, now_s + took_s))
         now_s += took_s
-        chosen_by.served(claim, took_s)
+        chosen_by.served(claim, took_s, now_s)
         if left_s > took_s:
             share = (left_s - took_s) / left_s
             claim = replace(claim, begun=True, waiting_since_s=now_s, remaining_s=claim.remaining_s * share)
@@ -92,7 +92,7 @@ def test_one_of_those_who_wait_is_chosen_the_same_each_time(
         assert 0 <= chosen < len(waiting)
         assert chosen == other.choose(waiting, now_s)
         for each in (one, other):
-            each.served(waiting[chosen], 1.0)
+            each.served(waiting[chosen], 1.0, now_s)
 
 
 @given(sizes_s=st.lists(st.floats(0.1, 100), min_size=1, max_size=9))
@@ -113,7 +113,7 @@ def test_first_come_first_served_lets_nobody_between_two_pieces() -> None:
     # Later than the other, yet its client's turn came before.
     book, other = a_claim(client="reader", at_s=1.0, remaining_s=100), a_claim(client="other", at_s=0.5)
     chosen_by.choose([book], 1.0)
-    chosen_by.served(book, 10.0)
+    chosen_by.served(book, 10.0, 11.0)
     assert chosen_by.choose([replace(book, begun=True, waiting_since_s=11.0), other], 11.0) == 0
 
 
@@ -249,7 +249,7 @@ def test_what_a_client_had_long_ago_is_not_held_against_it() -> None:
         now_s = 100.0 + idle_s
         chosen_by = order("size", max_wait_s=math.inf)
         chosen_by.choose([heavy, light], 0.0)
-        chosen_by.served(heavy, 100.0)
+        chosen_by.served(heavy, 100.0, 100.0)
         chosen_by.choose([light], now_s)
         waiting = [heavy, light]
         assert waiting[chosen_by.choose(waiting, now_s)] == first
@@ -261,6 +261,6 @@ def test_no_more_clients_are_remembered_than_were_served_in_a_minute(name: Liter
     waits = a_claim(client="waits", remaining_s=1e6)
     for second in range(1000):
         comes = a_claim(client=f"client {second}", at_s=float(second), remaining_s=1)
-        chosen_by.choose([waits, comes], float(second))
-        chosen_by.served(comes, 1.0)
+        waiting = [waits, comes]
+        chosen_by.served(waiting[chosen_by.choose(waiting, float(second))], 1.0, second + 1.0)
     assert len(chosen_by._accounts) <= FORGET_S + 2  # type: ignore[attr-defined]

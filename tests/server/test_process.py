@@ -170,15 +170,16 @@ from chatterbox_server import __main__, engines
 from server.fakes import FakeEngine
 
 class Engine(FakeEngine):
-    def synthesize(self, utterance):
+    def synthesize(self, utterance, errand):
         if utterance.text == "grow":
             self.grown = b"x" * 400_000_000
-        return super().synthesize(utterance)
+        return super().synthesize(utterance, errand)
 
 engines.load = lambda settings: Engine()
 sys.exit(__main__.main())
 """
-FAKE = {"code": WITH_A_FAKE_ENGINE, "PYTHONPATH": str(Path(__file__).parents[1]), "CHATTERBOX_CHECK_DURATION": "false"}
+IMPORTED = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
+FAKE = {"code": WITH_A_FAKE_ENGINE, "PYTHONPATH": IMPORTED, "CHATTERBOX_CHECK_DURATION": "false"}
 
 
 def say(instance: Instance, text: str, **headers: str) -> httpx.Response:

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from chatterbox_server.engine import Engine, EngineBroken, EngineError, GpuMemory, Refused
-from chatterbox_server.queue import (
-    AHEAD,
-    RECENT,
-    Closed,
-    EngineQueue,
-    QueueFull,
-    Spoken,
-    WaitedTooLong,
-    expected_s,
-    patience_s,
-)
+from chatterbox_server.engine import Engine, EngineBroken, EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.place import AHEAD, Closed, QueueFull, Spoken, WaitedTooLong
+from chatterbox_server.queue import EngineQueue
 from server.fakes import FakeEngine, a_queue, an_utterance, noise, queue_of, run, until
 
 
@@ -191,9 +183,9 @@ def test_a_broken_engine_is_told_to_who_broke_it_and_refuses_everyone_else() -> 
 
 def test_the_engine_is_loaded_and_called_on_one_thread_that_is_not_the_loops() -> None:
     class Threaded(FakeEngine):
-        def synthesize(self, utterance: Any) -> Any:
+        def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
             threads.append(threading.current_thread())
-            return super().synthesize(utterance)
+            return super().synthesize(utterance, errand)
 
     def load() -> Engine:
         threads.append(threading.current_thread())
@@ -243,20 +235,6 @@ def test_an_utterance_that_runs_too_long_makes_the_engine_unsound_until_it_ends(
             assert queue.healthy
 
     run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("recent", "expected_s"),
-    [
-        ([], 120.0),
-        ([(100, 1.0)] * (RECENT - 1), 120.0),
-        ([(100, 1.0)] * RECENT, 30.0),
-        ([(100, 8.0)] * RECENT, 80.0),
-        ([(100, 20.0)] * RECENT, 120.0),
-    ],
-)
-def test_patience_follows_the_measured_pace_within_bounds(recent: list[tuple[int, float]], expected_s: float) -> None:
-    assert patience_s(100, recent, longest_s=120.0) == pytest.approx(expected_s)
 
 
 def test_a_stop_hands_back_who_waits_and_finishes_what_was_begun() -> None:
@@ -444,22 +422,12 @@ def test_retry_after_is_when_the_request_nearest_to_its_end_ought_to_leave() -> 
             book, page = asked(queue, *["x" * 100] * 10), asked(queue, "x" * 300)
             await until(lambda: queue.waiting == 1)
             # At a pace of 10 characters a second, the page is 30 s.
-            queue.measured(100, 10.0)
+            queue.measured(100, work_s=10.0, share_s=10.0)
             assert queue.retry_after_s() == 30
             engine.let_go(11)
             await asyncio.gather(book, page)
 
     run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("recent", "expected"),
-    [([], 1.0), ([(100, 4.0)], 2.0), ([(100, 4.0), (300, 4.0)], 1.0), ([(0, 0.0)], 1.0)],
-)
-def test_the_time_of_fifty_characters_follows_the_measured_pace(
-    recent: list[tuple[int, float]], expected: float
-) -> None:
-    assert expected_s(50, recent) == pytest.approx(expected)
 
 
 steps = st.one_of(

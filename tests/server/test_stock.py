@@ -1,100 +1,31 @@
 """The real chatterbox-tts classes, small and with random weights, behind the real server."""
 
 import asyncio
-import dataclasses
 import importlib
-import importlib.util
 import inspect
 import os
 import random
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-import soundfile
-from numpy.typing import NDArray
 
 from chatterbox_server import engines
 from chatterbox_server.app import warm_up
 from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory, Utterance
 from chatterbox_server.engines import stock
-from chatterbox_server.engines.stock import Placement, StockEngine, place
+from chatterbox_server.engines.stock import Placement, StockEngine, failures, place
 from chatterbox_server.settings import Settings
-from server.fakes import a_client, an_utterance, run
+from server import tiny
+from server.fakes import a_client, run
+from server.tiny import CPU, KINDS, Build, Models, but, changed, record, said, same
 
-KINDS = ("chatterbox", "turbo", "multilingual")
 SPEECH = "/v1/audio/speech"
-CPU = Placement("cpu", "cpu")
 
-Build = Callable[..., StockEngine]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`LoRACompatibleLinear` is deprecated:FutureWarning"),  # diffusers 0.29
-    pytest.mark.filterwarnings("ignore:pkg_resources is deprecated"),  # resemble-perth
-    pytest.mark.filterwarnings("ignore:.*slated for removal in Python 3.13:DeprecationWarning"),  # audioread
-]
-
-model = [
-    pytest.mark.model,
-    pytest.mark.skipif(importlib.util.find_spec("chatterbox") is None, reason="needs chatterbox-tts"),
-]
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Makes engines around one tiny model of each kind."""
-    # One thread: more of them only wait for each other at this size. The hub cannot be asked here.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    import torch
-
-    torch.set_num_threads(1)
-    spec = importlib.util.spec_from_file_location("tiny_model", Path(__file__).parents[2] / "scripts" / "tiny_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tiny_model = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_model"] = tiny_model
-    spec.loader.exec_module(tiny_model)
-    models: dict[str, tuple[Any, Any, Any]] = {}
-
-    def build_one(kind: str, **told: Any) -> StockEngine:
-        if kind not in models:
-            made = tiny_model.tiny(kind, tmp_path_factory.mktemp(kind))
-            models[kind] = (made, made.conds, made.s3gen)
-        made, made.conds, made.s3gen = models[kind]
-        return StockEngine(made, kind, **({"placement": CPU} | told))
-
-    return build_one
-
-
-@pytest.fixture(scope="session")
-def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two voices that differ: a low and a high hum with the rhythm of syllables."""
-    directory = tmp_path_factory.mktemp("voices")
-    record(directory / "low.wav", hertz=110)
-    record(directory / "high.wav", hertz=220)
-    return directory
-
-
-def record(path: Path, *, hertz: float, seconds: float = 5.5, rate_hz: int = 24_000) -> None:
-    time_s = np.arange(round(seconds * rate_hz)) / rate_hz
-    hum = sum((np.sin(2 * np.pi * hertz * part * time_s) / part for part in range(1, 12)), np.zeros(time_s.size))
-    soundfile.write(path, 0.15 * hum * (0.55 + 0.45 * np.sin(2 * np.pi * 3.5 * time_s)), rate_hz)
-
-
-def changed(engine: StockEngine, **changes: Any) -> Utterance:
-    """A short utterance with the engine's own sampling, but for ``changes``."""
-    return but(an_utterance("Hello to you.", sampling=engine.defaults), **changes)
-
-
-def but(plain: Utterance, **changes: Any) -> Utterance:
-    """``plain`` but for ``changes``, of which some may be of its sampling."""
-    fields = {field.name for field in dataclasses.fields(Utterance)}
-    sampling = {name: changes.pop(name) for name in tuple(changes) if name not in fields}
-    return dataclasses.replace(plain, **changes, sampling=dataclasses.replace(plain.sampling, **sampling))
+pytestmark = tiny.warnings
+model = tiny.model
 
 
 def heard(engine: StockEngine, plain: Utterance, **changes: Any) -> list[Utterance]:
@@ -104,13 +35,9 @@ def heard(engine: StockEngine, plain: Utterance, **changes: Any) -> list[Utteran
     """
     for seed in range(1, 31):
         twins = [but(plain, seed=seed), but(plain, seed=seed, **changes)]
-        if not same(*map(engine.synthesize, twins)):
+        if not same(*map(partial(said, engine), twins)):
             return twins
     pytest.fail(f"never heard: {changes}")
-
-
-def same(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
-    return np.array_equal(one, other)
 
 
 # -- without the package ----------------------------------------------------------------------------------
@@ -167,10 +94,10 @@ class TestTheRealClasses:
 
     @pytest.mark.parametrize(("kind", "weights"), [("chatterbox", False), ("turbo", True), ("multilingual", False)])
     def test_weights_come_from_the_hub_cache_or_from_a_directory(
-        self, kind: str, weights: bool, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, kind: str, weights: bool, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The package's own loaders want gigabytes; what they return is a tiny model here."""
-        tiny = build(kind)._chatterbox
+        made = models.lend(kind)
         asked: list[tuple[object, ...]] = []
         loader = getattr(importlib.import_module(stock.KINDS[kind].module), stock.KINDS[kind].class_name)
         name = "from_local" if weights else "from_pretrained"
@@ -179,44 +106,41 @@ class TestTheRealClasses:
         def load(*given: object) -> object:
             signature.bind(*given)
             asked.append(given)
-            return tiny
+            return made
 
         monkeypatch.setattr(loader, name, load)
 
         engine = engines.load(Settings(model=kind, device="cpu", weights=tmp_path if weights else None))
 
         assert asked == [(tmp_path, "cpu") if weights else ("cpu",)]
-        assert engine.synthesize(warm_up(engine)).size > 0
+        assert said(engine, warm_up(engine)).size > 0
 
     def test_a_gpu_that_answers_no_more_is_told_from_an_utterance_that_failed(
-        self, build: Build, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         import torch
 
-        engine = build("chatterbox")
         error = RuntimeError("a size that does not fit")
-        monkeypatch.setattr(engine, "_cards", lambda: [torch.device("cuda")])
         monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
-        engine._still_works(error)
+        failures.check(["cuda:0"], error)
         with pytest.raises(EngineBroken, match="CUBLAS_STATUS_EXECUTION_FAILED"):
-            engine._still_works(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"))
+            failures.check(["cuda:0"], RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublas"))
 
         def broken(_device: object) -> None:
             raise error
 
         monkeypatch.setattr(torch.cuda, "synchronize", broken)
         with pytest.raises(EngineBroken, match="a size that does not fit"):
-            engine._still_works(error)
+            failures.check(["cuda:0"], error)
 
-    def test_running_out_of_memory_is_not_the_end(self, build: Build) -> None:
+    def test_running_out_of_memory_is_not_the_end(self) -> None:
         import torch
 
-        engine = build("chatterbox")
         for error in (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
         ):
-            with pytest.raises(OutOfMemory, match="the GPU is out of memory"), engine._cuda_errors():
+            with pytest.raises(OutOfMemory, match="the GPU is out of memory"), failures.told(["cuda:0"]):
                 raise error
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -227,13 +151,13 @@ class TestTheRealClasses:
         requests = [changed(engine), changed(engine, voice=low), changed(engine, voice=high)]
         if kind != "turbo":
             requests += heard(engine, requests[0], exaggeration=0.0) + heard(engine, requests[2], exaggeration=0.0)
-        alone = [build(kind).synthesize(request) for request in requests]
+        alone = [said(build(kind), request) for request in requests]
         assert len({sound.tobytes() for sound in alone}) == len(requests)
 
         order = [number for number in range(len(requests)) for _ in range(1 if kind == "multilingual" else 3)]
         random.Random(1).shuffle(order)  # noqa: S311
         for number in order:
-            assert same(engine.synthesize(requests[number]), alone[number]), (number, order)
+            assert same(said(engine, requests[number]), alone[number]), (number, order)
 
     def test_twenty_at_once_get_twenty_right_answers(self, build: Build, recordings: Path) -> None:
         voices = ("default", "low", "high")
@@ -257,9 +181,9 @@ class TestTheRealClasses:
     def test_no_guidance_is_a_number_like_any_other(self, kind: str, build: Build) -> None:
         """``cfg_weight=0`` is a RuntimeError in the package."""
         engine = build(kind)
-        none = engine.synthesize(changed(engine, cfg_weight=0.0))
+        none = said(engine, changed(engine, cfg_weight=0.0))
         assert none.size
-        assert same(none, engine.synthesize(changed(engine, cfg_weight=1e-7)))
+        assert same(none, said(engine, changed(engine, cfg_weight=1e-7)))
         if kind != "turbo":
             heard(engine, changed(engine, cfg_weight=0.0), cfg_weight=1.0)
 
@@ -278,56 +202,30 @@ class TestTheRealClasses:
 
     def test_turbo_is_told_only_what_it_heeds(self, build: Build, caplog: pytest.LogCaptureFixture) -> None:
         engine = build("turbo")
-        plain = engine.synthesize(changed(engine))
+        plain = said(engine, changed(engine))
         for parameter in ("exaggeration", "cfg_weight", "min_p"):
-            assert same(plain, engine.synthesize(changed(engine, **{parameter: 0.3}))), parameter
-        assert not same(plain, engine.synthesize(changed(engine, top_k=1)))
+            assert same(plain, said(engine, changed(engine, **{parameter: 0.3}))), parameter
+        assert not same(plain, said(engine, changed(engine, top_k=1)))
         assert "not supported by Turbo" not in caplog.text
 
-    def test_multilingual_leaves_no_hooks_behind(self, build: Build) -> None:
+    def test_multilingual_leaves_no_hooks_behind(self, build: Build, models: Models) -> None:
         engine = build("multilingual")
-        layers = engine._chatterbox.t3.tfmr.layers
-        engine.synthesize(changed(engine, language="fr"))
+        layers = models.lend("multilingual").t3.tfmr.layers
+        said(engine, changed(engine, language="fr"))
         assert sum(len(layer.self_attn._forward_hooks) for layer in layers) == 0
         heard(engine, changed(engine), language="fr")
-
-    def test_split_over_two_devices_it_sounds_the_same(self, build: Build, recordings: Path) -> None:
-        """Both are the CPU here; the detour through ``Elsewhere`` is the one that two GPUs take."""
-        together = build("chatterbox")
-        requests = [changed(together), changed(together, voice=recordings / "low.wav")]
-        sounds = [together.synthesize(request) for request in requests]
-        apart = build("chatterbox", placement=Placement("cpu", "cpu:0"))
-        assert isinstance(apart._chatterbox.s3gen, stock.Elsewhere)
-        for request, sound in zip(requests, sounds, strict=True):
-            assert same(apart.synthesize(request), sound)
-
-    def test_everything_that_enters_s3gen_is_brought_to_its_device(self, build: Build) -> None:
-        """With S3Gen on a device without memory: anything left behind on the CPU would mix the two and raise."""
-        import torch
-
-        class Meta(torch.nn.Module):  # type: ignore[misc,unused-ignore]
-            def inference(self, speech_tokens: Any, ref_dict: Any) -> Any:
-                return speech_tokens + 1, ref_dict
-
-            def embed_ref(self, ref_wav: Any, ref_sr: int, device: str) -> Any:
-                return torch.as_tensor(ref_wav, device=device) * ref_sr
-
-        elsewhere = stock.Elsewhere(Meta(), "meta")
-        tokens, _ = elsewhere.inference(torch.ones(3), ref_dict={})
-        assert tokens.device.type == "meta"
-        assert elsewhere.embed_ref(np.ones(3), 24_000, device="cpu").device.type == "meta"
 
     def test_only_so_many_voices_are_kept_and_a_changed_file_is_heard_again(self, build: Build, tmp_path: Path) -> None:
         engine = build("turbo", voices_kept=2)
         sounds = []
         for hertz in (110, 180, 250):
             record(tmp_path / f"{hertz}.wav", hertz=hertz)
-            sounds.append(engine.synthesize(changed(engine, voice=tmp_path / f"{hertz}.wav")))
+            sounds.append(said(engine, changed(engine, voice=tmp_path / f"{hertz}.wav")))
             assert engine.facts()["voices_kept"] == min(len(sounds), 2)
         # Forgotten, not lost.
-        assert same(engine.synthesize(changed(engine, voice=tmp_path / "110.wav")), sounds[0])
+        assert same(said(engine, changed(engine, voice=tmp_path / "110.wav")), sounds[0])
         record(tmp_path / "110.wav", hertz=250)
-        assert same(engine.synthesize(changed(engine, voice=tmp_path / "110.wav")), sounds[2])
+        assert same(said(engine, changed(engine, voice=tmp_path / "110.wav")), sounds[2])
 
     def test_a_bad_recording_is_the_callers_and_the_next_request_is_fine(self, build: Build, tmp_path: Path) -> None:
         record(tmp_path / "short.wav", hertz=110, seconds=3)
@@ -349,8 +247,8 @@ class TestTheRealClasses:
 
         run(scenario())
 
-    def test_a_checkpoint_without_a_voice_is_refused_at_once(self, build: Build) -> None:
-        made = build("turbo")._chatterbox
+    def test_a_checkpoint_without_a_voice_is_refused_at_once(self, models: Models) -> None:
+        made = models.lend("turbo")
         made.conds = None
         with pytest.raises(EngineError, match=r"cannot speak without a built-in voice: memory has no conds\.pt"):
             StockEngine(made, "turbo", placement=CPU)
@@ -396,4 +294,4 @@ class TestTheRealClasses:
 
     def test_the_warm_up_is_an_utterance_like_any_other(self, build: Build) -> None:
         engine = build("chatterbox")
-        assert same(engine.synthesize(warm_up(engine)), engine.synthesize(warm_up(engine)))
+        assert same(said(engine, warm_up(engine)), said(engine, warm_up(engine)))

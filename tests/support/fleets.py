@@ -63,6 +63,7 @@ _OUR_SERVER = st.fixed_dictionaries(
         "tf32": st.booleans(),
         "cudnn_benchmark": st.booleans(),
         "autocast": st.sampled_from(["off", "fp16", "bf16"]),
+        "pipeline": st.sampled_from(["auto", "on", "off"]),
         "queue_size": st.integers(0, 1000),
         "max_wait_s": st.integers(1, 3600),
         "longest_utterance_s": st.integers(1, 3600),

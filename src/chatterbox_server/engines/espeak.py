@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineError, Refused, Sampling, Utterance
+from chatterbox_server.engine import EngineError, Errand, Refused, Sampling, Utterance
 
 WORDS_PER_MINUTE: Final = 175
 """espeak-ng's own pace; it accepts 80 to 450."""
@@ -25,6 +25,7 @@ class EspeakEngine:
 
     name = "espeak"
     model = "espeak-ng"
+    places = 1
     # OpenAI's pcm has no header and means 24 kHz, and Opus knows no 22,050 Hz, so this engine resamples.
     sample_rate_hz = 24_000
     longest_piece = 1_000
@@ -46,17 +47,18 @@ class EspeakEngine:
     def free(self) -> None:
         """It caches nothing."""
 
-    def synthesize(self, utterance: Utterance) -> NDArray[np.float32]:
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         if utterance.voice is not None:
             reason = f"espeak-ng cannot imitate the recording {utterance.voice.name}; only 'default' speaks"
             raise Refused(reason, param="voice")
         pace = str(round(WORDS_PER_MINUTE * utterance.speed))
-        said = _run(
-            (self._program, "--stdin", "--stdout", "-b", "1", "-v", utterance.language, "-s", pace),
-            utterance.text,
-        )
-        samples, sample_rate_hz = decode(said)
-        resampled: NDArray[np.float32] = soxr.resample(samples, sample_rate_hz, self.sample_rate_hz)
+        with errand.at_work():
+            said = _run(
+                (self._program, "--stdin", "--stdout", "-b", "1", "-v", utterance.language, "-s", pace),
+                utterance.text,
+            )
+            samples, sample_rate_hz = decode(said)
+            resampled: NDArray[np.float32] = soxr.resample(samples, sample_rate_hz, self.sample_rate_hz)
         return resampled
 
 

@@ -35,6 +35,7 @@ class Readiness(BaseModel):
     """It stops, and finishes what it began."""
     waiting: int
     running: int
+    """Pieces of text that the engine has in hand."""
     spoken: int
     """Pieces since the start."""
     max_input_chars: int

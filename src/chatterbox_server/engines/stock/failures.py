@@ -1,0 +1,70 @@
+"""What torch raises, in the engine's words: what ends an utterance is told from what ends the process."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from chatterbox_server.engine import Dropped, EngineBroken, OutOfMemory, Refused
+
+FATAL: Final = (
+    "CUBLAS_STATUS",
+    "CUDNN_STATUS",
+    "CUFFT",
+    "device-side assert",
+    "illegal memory access",
+    "unspecified launch",
+)
+"""Words of errors after which no later call can be trusted, wherever they were noticed."""
+
+
+@contextlib.contextmanager
+def told(cards: Sequence[str]) -> Iterator[None]:
+    """Around work on ``cards``, none for work on the CPU alone.
+
+    Raises:
+        OutOfMemory, EngineBroken: for what was raised; anything else passes as it is.
+    """
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        msg = f"the GPU is out of memory: {one_line(error)}"
+        raise OutOfMemory(msg) from error
+    except Exception as error:
+        if "STATUS_ALLOC_FAILED" in str(error):
+            # cuBLAS and cuDNN have words of their own for it.
+            msg = f"the GPU is out of memory: {one_line(error)}"
+            raise OutOfMemory(msg) from error
+        if not isinstance(error, Refused | Dropped):
+            check(cards, error)
+        raise
+
+
+def check(cards: Sequence[str], error: Exception) -> None:
+    """Whether the cards still work after ``error``: a device-side assert fails every later call, too.
+
+    cuBLAS and cuDNN may fail for good (a lost handle) while the context lives: those are known by their words.
+
+    Raises:
+        EngineBroken: they do not.
+    """
+    import torch
+
+    try:
+        for card in cards:
+            torch.cuda.synchronize(card)
+    except RuntimeError:
+        raise EngineBroken(one_line(error)) from error
+    if cards and any(fatal in str(error) for fatal in FATAL):
+        raise EngineBroken(one_line(error)) from error
+
+
+def of_the_gpu(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in ("CUDA", *FATAL))
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
