@@ -25,9 +25,8 @@ def _memory_problems(fleet: Fleet, gpus: Sequence[Gpu]) -> list[str]:
     count = Counter(instance.gpus[0] for instance in fleet.instances if len(instance.gpus) == 1)
     found = {key: gpu for gpu in gpus for key in (gpu.index, gpu.uuid)}
     return [
-        f"gpus.{key}: {many} instance{'s' * (many != 1)} need{'s' * (many == 1)} about {gigabytes(many * needed)} of GPU "
-        f"memory, and it has {gigabytes(there)}: it holds {there // needed}; if they need less, say so "
-        "(server.gpu_memory_mb)"
+        f"gpus.{key}: {many} x {gigabytes(needed)} of GPU memory are more than its {gigabytes(there)}, which hold "
+        f"{there // needed}; if an instance needs less, say so (server.gpu_memory_mb)"
         for key, many in count.items()
         if key in found and (there := found[key].memory_bytes) is not None and many * needed > there
     ]

@@ -58,7 +58,8 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
     units = [systemd.unit_name(instance.name) for instance in chosen]
     if not who:
         # By name: stopping the target returns before the units that are part of it have stopped.
-        others = (systemd.TARGET, systemd.RECYCLE_TIMER, systemd.RECYCLE_UNIT)
+        daemons = (systemd.unit_name(daemon.name) for daemon in resolved.mps_daemons)
+        others = (systemd.TARGET, systemd.RECYCLE_TIMER, systemd.RECYCLE_UNIT, *daemons)
         units += [unit for unit in others if _is_installed(host, unit)]
     _refuse_missing(host, "stop", chosen)
     click.echo(f"stopping {_listed(chosen)}; what was begun is finished first", err=True)
