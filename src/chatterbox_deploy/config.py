@@ -321,8 +321,8 @@ class UnitConfig(_Strict):
     """MB of host memory, with all that it started, at which the kernel kills an instance; 0 is no limit."""
 
     mps: bool = True
-    """Have instances that share a GPU compute at the same time, not in turns: NVIDIA's Multi-Process Service, one daemon
-    for each GPU with several ports. Needs the program nvidia-cuda-mps-control."""
+    """Have instances that share a GPU compute at the same time, not in turns: NVIDIA's Multi-Process Service, with a
+    daemon for each GPU that has several ports. Needs the program nvidia-cuda-mps-control."""
 
     mps_thread_percentage: Annotated[int, Field(ge=1, le=100)] = 100
     """Largest share of its GPU's multiprocessors that one of the instances sharing it by MPS may use at a time."""

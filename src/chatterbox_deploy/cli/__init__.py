@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from chatterbox_deploy import __version__
+from chatterbox_deploy.cli.advise import advise_command
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
@@ -75,4 +76,5 @@ main.add_command(logs_command)
 main.add_command(start_command)
 main.add_command(stop_command)
 main.add_command(restart_command)
+main.add_command(advise_command)
 main.add_command(schema_command)

@@ -92,7 +92,8 @@ def _start(host: Host, verb: str, resolved: Fleet, chosen: Sequence[Instance], *
     _refuse_missing(host, verb, chosen)
     units = [systemd.unit_name(instance.name) for instance in chosen]
     # After a crash loop systemd refuses to start a unit; there is nothing to forget about one it has not loaded.
-    host.run(("systemctl", "reset-failed", *units), timeout_s=_MARGIN_S, check=False)
+    daemons = [systemd.unit_name(each.name) for each in resolved.mps_daemons if any(i.mps == each for i in chosen)]
+    host.run(("systemctl", "reset-failed", *units, *daemons), timeout_s=_MARGIN_S, check=False)
     service = resolved.service
     _systemctl(
         host,
