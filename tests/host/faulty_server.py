@@ -19,6 +19,7 @@ import numpy as np
 
 from chatterbox_server import logs
 from chatterbox_server.__main__ import serve
+from chatterbox_server.app import WARM_UP
 from chatterbox_server.engine import EngineBroken, OutOfMemory, Sampling, Utterance
 from chatterbox_server.settings import Settings
 
@@ -31,6 +32,9 @@ FAULTS = Path(os.environ.get("FAULTS", "/etc/chatterbox-tts/faults"))
 
 POISON = "poison"
 """Breaks any engine that is asked to say it."""
+
+CANARY = "One, two, three."
+"""What ``apply`` asks every instance to say."""
 
 UTTERANCE_S = 0.02
 
@@ -74,8 +78,8 @@ class FaultyEngine:
             return np.zeros(self.sample_rate_hz, dtype=np.float32)
         self._freed = False
         time.sleep(UTTERANCE_S)
-        # The halves of a text have its numbers between them; what has none lasts a second.
-        lasts_ms = sum(map(int, re.findall(r"\d+", utterance.text) or ["1000"]))
+        # The halves of a text have its numbers between them.
+        lasts_ms = 1000 if utterance.text in {WARM_UP, CANARY} else sum(map(int, re.findall(r"\d+", utterance.text)))
         time_s = np.arange(lasts_ms * self.sample_rate_hz // 1000, dtype=np.float32) / self.sample_rate_hz
         tone: NDArray[np.float32] = 0.5 * np.sin(2 * np.pi * 440 * time_s, dtype=np.float32)
         return tone
