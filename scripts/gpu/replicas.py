@@ -179,14 +179,14 @@ class Instance:
     resting: threading.Event = field(default_factory=threading.Event)
     client: threading.Thread | None = None
 
-    def speak(self, seed: int = 0) -> tuple[int, float]:
+    def speak(self, seed: int = 0, timeout_s: float = 300) -> tuple[int, float]:
         """Status (0: no answer) and seconds of sound."""
         body = json.dumps({"input": TEXT, "response_format": "pcm", "seed": seed}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/audio/speech", data=body, headers={"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=300) as response:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
                 return response.status, len(response.read()) / 48_000
         except urllib.error.HTTPError as error:
             return error.code, 0.0
@@ -337,14 +337,17 @@ def measure(instances: list[Instance], counts: Sequence[int], others: Sequence[i
 # What becomes of the clients when the daemon dies.
 
 
+PATIENCE_S = 40.0
+"""A hung one would be killed by systemd after unit.watchdog_s, 30."""
+
+
 def kill_daemon(daemon: Daemon, instances: Sequence[Instance], units: Mapping[str, Unit], directory: Path) -> None:
     busy, idle = instances
     answer: list[tuple[int, float]] = []
-    asking = threading.Thread(target=lambda: answer.append(busy.speak()))
+    asking = threading.Thread(target=lambda: answer.append(busy.speak(timeout_s=PATIENCE_S)))
     asking.start()
     time.sleep(1)
     servers = daemon.servers()
-    begin = time.monotonic()
     daemon.process.kill()
     time.sleep(1)
     alive = [each.server.process.poll() is None for each in instances]
@@ -355,16 +358,16 @@ def kill_daemon(daemon: Daemon, instances: Sequence[Instance], units: Mapping[st
         with suppress(ProcessLookupError):
             os.kill(server, signal.SIGKILL)
     begin = time.monotonic()
-    asking.join(60)
+    asking.join()
     answered_s = time.monotonic() - begin
     ended = wait(busy, 20)
-    said = "no answer within 60 s" if not answer else f"status {answer[0][0]} after {answered_s:.1f} s"
+    said = f"status {answer[0][0] or 'none'} after {answered_s:.1f} s"
     print(f"  the client with a request in flight: {said}; exit status {ended} after {time.monotonic() - begin:.1f} s")
     print(
         f"  the idle client lives after {time.monotonic() - begin:.1f} s: {idle.server.process.poll() is None}", end=""
     )
-    status, _ = idle.speak()
-    print(f"; asked to speak: status {status}; exit status {wait(idle, 20)}")
+    status, _ = idle.speak(timeout_s=PATIENCE_S)
+    print(f"; asked to speak: status {status or 'none'}; exit status {wait(idle, 20)}")
     for each in instances:
         each.server.process.kill()
     daemon.end()
@@ -405,7 +408,9 @@ for line in sys.stdin:
 """
 
 
-ANSWER_S = 40
+ANSWER_S = 15.0
+START_S = 60.0
+"""For the first words: torch is imported, perhaps from a cold disk."""
 
 
 class Client:
@@ -415,7 +420,7 @@ class Client:
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def read(self) -> str:
+    def read(self, timeout_s: float = START_S) -> str:
         """The next line; why it ended, if it did."""
         stdout, stderr = self.process.stdout, self.process.stderr
         assert stdout is not None
@@ -423,9 +428,9 @@ class Client:
         lines: list[str] = []
         reading = threading.Thread(target=lambda: lines.append(stdout.readline()), daemon=True)
         reading.start()
-        reading.join(ANSWER_S)
+        reading.join(timeout_s)
         if not lines:
-            return f"no answer within {ANSWER_S} s"
+            return f"no answer within {timeout_s:.0f} s"
         return lines[0].strip() or (stderr.read().strip().splitlines() or ["nothing"])[-1]
 
     def tell(self, word: str) -> str:
@@ -433,7 +438,7 @@ class Client:
         with suppress(OSError):
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
-        return self.read()
+        return self.read(ANSWER_S)
 
     def end(self) -> None:
         self.process.kill()
