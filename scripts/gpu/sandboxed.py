@@ -40,6 +40,7 @@ UNIT = CHECKOUT / "tests/golden/memory-guard/rendered/etc/systemd/system/chatter
 NOT_HARDENING = frozenset((
     "Type", "NotifyAccess", "WatchdogSec", "WorkingDirectory", "ExecStart", "ExecReload", "SyslogIdentifier",
     "TimeoutStartSec", "TimeoutStopSec", "KillMode", "Restart", "RestartSec", "RestartPreventExitStatus", "Environment",
+    "EnvironmentFile", "ExecStopPost", "CPUAffinity",
     "SystemCallErrorNumber",  # put on with SystemCallFilter=, always as EPERM
 ))
 # fmt: on
@@ -51,6 +52,7 @@ ONLY_SYSTEMD = {
     "RuntimeDirectory": "made before the process starts",
     "RuntimeDirectoryMode": "made before the process starts",
     "RuntimeDirectoryPreserve": "kept after it ended",
+    "ReadWritePaths": "the pipes of an MPS daemon; replicas.py beside this tries it with one",
     "RemoveIPC": "cleans up after the process ended",
     "LoadCredential": "read by systemd before the process starts",
     "IPAddressDeny": "a BPF program of the control group",

@@ -36,7 +36,11 @@ MAX_INSTANCES_PER_GPU = 16
 RESERVED_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER",
+    "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+    "CUDA_MPS_LOG_DIRECTORY",
+    "CUDA_MPS_PIPE_DIRECTORY",
     "FLEET_INSTANCE",
+    "FLEET_MPS",
     "INVOCATION_ID",
     "NOTIFY_SOCKET",
     "WATCHDOG_USEC",
@@ -284,6 +288,10 @@ class ServerConfig(_Strict):
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = 2
     """CPU threads for tensor work, per instance. Without a limit every instance takes every core."""
 
+    gpu_memory_mb: MemoryMb = 0
+    """MB of GPU memory that one instance needs: a plan for more than a GPU holds is refused. 0 is what was measured
+    for the model, and no check for a server of your own."""
+
     command: Annotated[list[Argument], Field(min_length=1)] | None = None
     """Run this server instead of ours, unchanged: absolute program, arguments; {port} and {host} are filled in."""
 
@@ -314,6 +322,17 @@ class UnitConfig(_Strict):
 
     memory_max_mb: MemoryMb = 0
     """MB of host memory, with all that it started, at which the kernel kills an instance; 0 is no limit."""
+
+    mps: bool = True
+    """Have instances that share a GPU compute at the same time, not in turns: NVIDIA's Multi-Process Service, with a
+    daemon for each GPU that has several ports. Needs the program nvidia-cuda-mps-control."""
+
+    mps_thread_percentage: Annotated[int, Field(ge=1, le=100)] = 100
+    """Largest share of its GPU's multiprocessors that one of the instances sharing it by MPS may use at a time."""
+
+    cpus_per_instance: Annotated[int, Field(ge=0, le=256)] = 0
+    """CPUs for each instance alone, the first ones for the first of the file, and so on; 0 lets all use all. More
+    cpu_threads than that are not started."""
 
     recycle_after_h: Annotated[int, Field(ge=0, le=8760)] = 0
     """Hours after which an instance is drained and started afresh, one at a time; 0 is never."""
@@ -367,7 +386,7 @@ class FleetConfig(_Strict):
 
 # Keys of [server] that mean something to a server of the operator's own.
 _KEYS_FOR_ANY_SERVER = frozenset(
-    {"command", "directory", "environment", "cpu_threads", "max_wait_s", "longest_utterance_s"}
+    {"command", "directory", "environment", "cpu_threads", "gpu_memory_mb", "max_wait_s", "longest_utterance_s"}
 )
 
 
@@ -381,6 +400,7 @@ def conflicts(config: FleetConfig) -> list[str]:
         *_command_conflicts(config.server),
         *_device_conflicts(config.server),
         *_memory_conflicts(config),
+        *_sharing_conflicts(config),
     ]
 
 
@@ -505,6 +525,12 @@ def _memory_conflicts(config: FleetConfig) -> list[str]:
         for key, recycle_mb in recycles.items()
         if limit_mb and recycle_mb >= limit_mb
     ]
+
+
+def _sharing_conflicts(config: FleetConfig) -> list[str]:
+    if not config.unit.mps and "mps_thread_percentage" in config.unit.model_fields_set:
+        return ["unit.mps_thread_percentage: has no meaning with unit.mps = false"]
+    return []
 
 
 def load(text: str, *, source: str) -> FleetConfig:

@@ -40,6 +40,12 @@ class TemplateError(DeployError):
     exit_code = 2
 
 
+class ProfileError(DeployError):
+    """A file that tells what was measured does not."""
+
+    exit_code = 2
+
+
 class ForeignFile(DeployError):
     """A file that we did not write stands where we would write."""
 

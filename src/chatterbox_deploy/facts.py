@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Upstream
+    from chatterbox_deploy.gpu import Gpu
     from chatterbox_deploy.render import RenderedFile
     from chatterbox_deploy.systemd import Mark
     from chatterbox_deploy.templates import Templates
@@ -65,6 +66,17 @@ class UnitState:
 
 
 @dataclass(frozen=True, slots=True)
+class MpsState:
+    """An MPS daemon as systemd knows it."""
+
+    active: str
+    """ActiveState."""
+
+    digest: str | None
+    """Of the text of its unit that its process was started by; ``None`` where none runs."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostState:
     """What is on a host."""
 
@@ -73,6 +85,15 @@ class HostState:
 
     instances: Mapping[str, UnitState] = field(default_factory=dict)
     """Every unit that is an instance of ours by name, by the instance's name; ours or not."""
+
+    mps_daemons: Mapping[str, MpsState] = field(default_factory=dict)
+    """Every MPS daemon of ours, by its unit."""
+
+    gpus: tuple[Gpu, ...] = ()
+    """Those that nvidia-smi tells of; none where it does not answer."""
+
+    cpus: frozenset[int] | None = None
+    """CPUs that are online, as Linux counts them; ``None`` where that is not known."""
 
     enabled: bool = False
     """Whether the target starts at boot."""

@@ -17,7 +17,7 @@ from chatterbox_deploy.errors import UnknownInstance
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config import FleetConfig, ServerConfig
 
 HOST = "127.0.0.1"
 """Instances listen on loopback only. A literal, since ``localhost`` may resolve to ::1 first."""
@@ -29,6 +29,15 @@ MARGIN_S = 10
 MEGABYTE = 1_000_000
 
 HTTPS_PORT = 443
+
+MPS_PROGRAM = "nvidia-cuda-mps-control"
+
+GPU_MEMORY_BYTES = {
+    "chatterbox": int(4.07 * 2**30),
+    "turbo": int(3.63 * 2**30),
+    "multilingual": int(4.21 * 2**30),
+}
+"""Of one instance of the stock engine that has spoken 10 s, by model (scripts/gpu/stock_server.txt: an H200)."""
 
 QUICK_FAILURE_S = 60
 """A start that fails sooner is part of a crash loop; a slower one is tried for ever. Importing torch takes 10-37 s."""
@@ -50,12 +59,16 @@ class Places:
     log_dir: str
     """nginx's access log."""
 
+    run_dir: str
+    """What is there only while something runs."""
+
 
 SYSTEM = Places(
     state_dir="/var/lib/chatterbox-tts",
     cache_dir="/var/cache/chatterbox-tts",
     hub_dir="/var/cache/chatterbox-tts/huggingface",
     log_dir="/var/log/nginx",
+    run_dir="/run",
 )
 """Where a fleet lives that systemd runs: its ``StateDirectory=`` and ``CacheDirectory=``."""
 
@@ -75,6 +88,36 @@ class Instance:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     """What the process is told; the keys of ``Service.api_keys_file`` come beside it."""
+
+    mps: MpsDaemon | None = None
+    """Through which it shares its GPU; ``None`` where it is alone there, or takes turns."""
+
+    cpus: range | None = None
+    """The CPUs that are its own; ``None`` where all use all."""
+
+
+@dataclass(frozen=True, slots=True)
+class MpsDaemon:
+    """NVIDIA's Multi-Process Service for the instances that share a GPU, or the same two.
+
+    A client is told the GPU by its UUID: the daemon counts the GPUs that it was given from 0, and a client that
+    finds no daemon computes without one, on whatever that number means then (Multi-Process Service, appendix
+    "Environment Variables": CUDA_VISIBLE_DEVICES). The UUID means the same to both.
+    """
+
+    name: str
+    """``mps-gpu1``; ``mps-gpu2-gpu3`` for two."""
+
+    gpus: tuple[str, ...]
+    directory: str
+    """Its pipes and sockets, by which its clients find it."""
+
+    environment: Mapping[str, str]
+
+    @property
+    def clients_file(self) -> str:
+        """What its clients are told beside their own environment; there once it answers."""
+        return f"{self.directory}/clients.env"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +207,12 @@ class Service:
     config_error_status: int | None
     """Exit status after which a restart cannot help."""
 
+    broken_engine_status: int | None
+    """Exit status of one whose CUDA context is broken, and with it those of all who share the GPU by MPS."""
+
+    gpu_memory_bytes: int | None
+    """GPU memory that one instance needs; ``None`` where nobody knows."""
+
     memory_max_bytes: int | None
     """Host memory at which an instance is killed; ``None`` is no limit."""
 
@@ -194,18 +243,25 @@ class Fleet:
         files = (self.front.api_keys_file, self.service.api_keys_file)
         return tuple(path for path in files if path is not None)
 
+    @property
+    def mps_daemons(self) -> tuple[MpsDaemon, ...]:
+        """One for each GPU that is shared so."""
+        return tuple({each.mps.name: each.mps for each in self.instances if each.mps is not None}.values())
+
 
 def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
     """Decide everything that ``config`` leaves open."""
     server, unit, nginx = config.server, config.unit, config.nginx
     ours = server.command is None
     answer_s = server.max_wait_s + server.longest_utterance_s
+    uses_gpu = not ours or (server.engine != "espeak" and server.device == "cuda")
     names = _names(config)
+    daemons = _mps_daemons(config, places) if unit.mps and uses_gpu else {}
     _, tls_port = split_listen(nginx.listen)
     return Fleet(
         instances=tuple(
-            _instance(config, places, name, tuple(key.split(",")), port)
-            for name, (key, port) in zip(names, config.ports(), strict=True)
+            _instance(config, places, name, key, port, number=number, mps=daemons.get(key))
+            for number, (name, (key, port)) in enumerate(zip(names, config.ports(), strict=True))
         ),
         front=Front(
             listen=nginx.listen,
@@ -238,15 +294,23 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             restart_window_s=(QUICK_FAILURE_S + unit.restart_delay_s) * unit.restart_limit,
             directory=server.directory,
             offline=ours and (server.weights is not None or server.engine == "espeak"),
-            uses_gpu=not ours or (server.engine != "espeak" and server.device == "cuda"),
+            uses_gpu=uses_gpu,
             api_keys_file=server.api_keys_file,
             config_error_status=2 if ours else None,
+            broken_engine_status=70 if ours else None,
+            gpu_memory_bytes=_gpu_memory_bytes(server) if uses_gpu else None,
             memory_max_bytes=unit.memory_max_mb * MEGABYTE or None,
             recycle_after_h=unit.recycle_after_h or None,
             recycle_memory_mb=unit.recycle_memory_mb or None,
         ),
         places=places,
     )
+
+
+def _gpu_memory_bytes(server: ServerConfig) -> int | None:
+    if server.gpu_memory_mb:
+        return server.gpu_memory_mb * MEGABYTE
+    return GPU_MEMORY_BYTES[server.model] if server.command is None else None
 
 
 def find(fleet: Fleet, who: str) -> tuple[Instance, ...]:
@@ -270,15 +334,21 @@ def find(fleet: Fleet, who: str) -> tuple[Instance, ...]:
 
 def _names(config: FleetConfig) -> list[str]:
     """One name per (GPU key, port), in the file's order; unique, since GPUs are."""
-    short = {gpu: _short(gpu) for key in config.gpus for gpu in key.split(",")}
-    clashes = {name for name, count in Counter(short.values()).items() if count > 1}
-    full = {gpu: _full(gpu) if name in clashes else name for gpu, name in short.items()}
+    gpu_names = _gpu_names(config)
     names: list[str] = []
     for key, ports in config.gpus.items():
-        name = "-".join(full[gpu] for gpu in key.split(","))
+        name = gpu_names[key]
         replicas = len(ports) if isinstance(ports, list) else 1
         names += [name] if replicas == 1 else [f"{name}-{letter}" for letter in ascii_lowercase[:replicas]]
     return names
+
+
+def _gpu_names(config: FleetConfig) -> dict[str, str]:
+    """One name per GPU key; unique, since GPUs are."""
+    short = {gpu: _short(gpu) for key in config.gpus for gpu in key.split(",")}
+    clashes = {name for name, count in Counter(short.values()).items() if count > 1}
+    full = {gpu: _full(gpu) if name in clashes else name for gpu, name in short.items()}
+    return {key: "-".join(full[gpu] for gpu in key.split(",")) for key in config.gpus}
 
 
 def _full(gpu: str) -> str:
@@ -291,8 +361,33 @@ def _short(gpu: str) -> str:
     return "-".join(_full(gpu).split("-")[:2])
 
 
-def _instance(config: FleetConfig, places: Places, name: str, gpus: tuple[str, ...], port: int) -> Instance:
-    server = config.server
+def _mps_daemons(config: FleetConfig, places: Places) -> dict[str, MpsDaemon]:
+    """By GPU key: of those with several instances."""
+    daemons: dict[str, MpsDaemon] = {}
+    for key, name in _gpu_names(config).items():
+        ports = config.gpus[key]
+        if not isinstance(ports, list) or len(ports) == 1:
+            continue
+        directory = f"{places.run_dir}/chatterbox-tts-mps-{name}"
+        daemons[key] = MpsDaemon(
+            name=f"mps-{name}",
+            gpus=tuple(key.split(",")),
+            directory=directory,
+            environment={
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                "CUDA_VISIBLE_DEVICES": key,
+                "CUDA_MPS_PIPE_DIRECTORY": directory,
+                "CUDA_MPS_LOG_DIRECTORY": f"{directory}/log",
+            },
+        )
+    return daemons
+
+
+def _instance(
+    config: FleetConfig, places: Places, name: str, key: str, port: int, *, number: int, mps: MpsDaemon | None
+) -> Instance:
+    """``number`` counts the instances of the file from 0."""
+    server, width = config.server, config.unit.cpus_per_instance
     command = (
         (server.python, "-m", "chatterbox_server")
         if server.command is None
@@ -301,20 +396,26 @@ def _instance(config: FleetConfig, places: Places, name: str, gpus: tuple[str, .
     environment = {
         # nvidia-smi's order, so that "GPU 1" means the same card to us, to CUDA and to the operator.
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
-        **_limits_and_caches(server.cpu_threads, places),
+        "CUDA_VISIBLE_DEVICES": key,
+        **_limits_and_caches(min(server.cpu_threads, width or server.cpu_threads), places),
     }
+    if mps is not None:
+        environment["CUDA_MPS_PIPE_DIRECTORY"] = mps.directory
+        if config.unit.mps_thread_percentage < 100:
+            environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(config.unit.mps_thread_percentage)
     if server.command is None:
         environment |= _settings(config, places, name, port)
     if server.weights is not None:
         environment["HF_HUB_OFFLINE"] = "1"
     return Instance(
         name=name,
-        gpus=gpus,
+        gpus=tuple(key.split(",")),
         host=HOST,
         port=port,
         command=command,
         environment=environment | server.environment,
+        mps=mps,
+        cpus=range(number * width, (number + 1) * width) if width else None,
     )
 
 

@@ -7,9 +7,10 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import render, systemd
+from chatterbox_deploy import gpu, render, systemd
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.facts import HostState, UnitState
+from chatterbox_deploy.facts import HostState, MpsState, UnitState
+from chatterbox_deploy.fleet import MPS_PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -69,6 +70,13 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
     return HostState(
         files=on_disk,
         instances=instances,
+        mps_daemons={
+            unit_name: _mps_state(host, unit, on_disk.get(render.UNIT_DIR / unit_name))
+            for unit_name, unit in shown.items()
+            if systemd.is_mps_unit(unit_name)
+        },
+        gpus=gpus(host) if fleet is not None and fleet.service.uses_gpu else (),
+        cpus=cpus(host),
         enabled=target.get("UnitFileState") == "enabled",
         active=target.get("ActiveState") == "active",
         timed=shown.get(systemd.RECYCLE_TIMER, {}).get("ActiveState") == "active",
@@ -76,7 +84,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         edited=frozenset(path for path, text in on_disk.items() if ledger.wrote(path, text) is False),
         keys=keys,
         changed_keys=frozenset(path for path in named if path in ledger.keys and ledger.keys[path] != keys.get(path)),
-        missing=frozenset(path for path in needed if not exists(host, path)),
+        missing=frozenset([*(path for path in needed if not exists(host, path)), *_missing_mps(host, fleet)]),
         drained=frozenset(ledger.drained),
         interrupted=None if ledger.begun is None else ledger.begun.command,
         stale=any(unit.get("NeedDaemonReload") == "yes" for unit in shown.values()),
@@ -84,14 +92,58 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
 
 
 def _unit_state(host: Host, shown: dict[str, str], text: str | None) -> UnitState:
-    process = int(shown.get("MainPID") or 0)
+    environ = _environ(host, shown, text)
+    mark = None if environ is None else systemd.find_mark(environ)
+    return UnitState(shown["ActiveState"], mark, has_process=_process(shown) != 0)
+
+
+def _mps_state(host: Host, shown: dict[str, str], text: str | None) -> MpsState:
+    environ = _environ(host, shown, text)
+    return MpsState(shown["ActiveState"], None if environ is None else systemd.mps_digest(environ))
+
+
+def _process(shown: dict[str, str]) -> int:
+    return int(shown.get("MainPID") or 0)
+
+
+def _environ(host: Host, shown: dict[str, str], text: str | None) -> str | None:
+    """The environment of a unit's process; ``None`` where none runs."""
+    if not (process := _process(shown)):
+        return None
     try:
-        environ = host.read_bytes(PurePosixPath(f"/proc/{process}/environ")) if process else None
-        mark = None if environ is None else systemd.find_mark(environ.decode(errors="replace"))
+        environ = host.read_bytes(PurePosixPath(f"/proc/{process}/environ"))
     except CommandFailed:
         # Only root may look: then what lies on the disk is the best guess.
-        mark = None if text is None else systemd.find_mark(text)
-    return UnitState(shown["ActiveState"], mark, has_process=process != 0)
+        return text
+    return None if environ is None else environ.decode(errors="replace")
+
+
+def gpus(host: Host) -> tuple[gpu.Gpu, ...]:
+    """GPUs of the host; none where nvidia-smi is not there, or finds no driver."""
+    try:
+        return gpu.parse(host.run(gpu.ask_argv(), timeout_s=SHOW_TIMEOUT_S).stdout)
+    except CommandFailed:
+        return ()
+
+
+def cpus(host: Host) -> frozenset[int] | None:
+    """CPUs that are online (cpu(7) of sysfs: ``0-3,8``)."""
+    content = host.read_bytes(PurePosixPath("/sys/devices/system/cpu/online"))
+    if content is None:
+        return None
+    spans = (span.partition("-") for span in content.decode().strip().split(","))
+    return frozenset(cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1))
+
+
+PROGRAM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+"""Where systemd looks for programs (systemd.exec(5), "PATH")."""
+
+
+def _missing_mps(host: Host, fleet: Fleet | None) -> list[str]:
+    if fleet is None or not fleet.mps_daemons:
+        return []
+    there = any(exists(host, f"{directory}/{MPS_PROGRAM}") for directory in PROGRAM_DIRS)
+    return [] if there else [MPS_PROGRAM]
 
 
 def _needed(fleet: Fleet) -> list[str]:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import difference, nginx, render, systemd
+from chatterbox_deploy import capacity, difference, nginx, render, systemd
 from chatterbox_deploy.config import split_listen
-from chatterbox_deploy.fleet import Upstream
+from chatterbox_deploy.fleet import MPS_PROGRAM, Upstream
 from chatterbox_deploy.steps import (
     PointLink,
     Purge,
@@ -135,6 +135,10 @@ DAEMON_RELOAD = Run(("systemctl", "daemon-reload"), "systemd reads the units")
 FORGET_FRONT = Run(("systemctl", "try-reload-or-restart", systemd.NGINX_UNIT), "nginx forgets the front")
 
 
+MPS_START_TIMEOUT_S = 60
+"""As in its unit."""
+
+
 def _forget_failure(*units: str) -> Run:
     return Run(("systemctl", "reset-failed", *units), "systemd forgets that it failed")
 
@@ -169,8 +173,14 @@ def _problems(wanted: Wanted, state: HostState, foreign_files: Iterable[PurePosi
         for name, unit in state.instances.items()
         if unit.running is not None and unit.running.port == front_port
     ]
-    problems += [f"{path}: missing; the fleet needs it" for path in sorted(state.missing)]
-    return problems
+    problems += [f"{path}: missing; {_CURES.get(path, 'the fleet needs it')}" for path in sorted(state.missing)]
+    return problems + capacity.problems(wanted.fleet, state.gpus, state.cpus)
+
+
+_CURES = {
+    MPS_PROGRAM: "instances that share a GPU need it: on Ubuntu it is in nvidia-compute-utils-VERSION, on Debian in "
+    "nvidia-cuda-mps; or have them take turns, with mps = false below [unit]"
+}
 
 
 class _Work:
@@ -227,6 +237,13 @@ class _Work:
         self.why = {
             name: why for name in self.instances if (only is None or name in only) and (why := self._why(name, restart))
         }
+        # MPS daemons that do not run as they are to: before one starts, all who shared a GPU through it have gone.
+        self.stale_daemons = {
+            file.path.name
+            for file in wanted.files
+            if systemd.is_mps_unit(file.path.name) and not self._runs_as_wanted(file)
+        }
+        self.cleared: set[str] = set()
 
     def plan(self) -> Plan:
         """See ``plan``."""
@@ -259,6 +276,7 @@ class _Work:
         return (
             self._why_not_run_on(name, unit.running)
             or ("it was out of the front when that ended" if self._is_unheard(name) else None)
+            or ("the MPS daemon of its GPU starts anew" if self._daemon(name) in self.stale_daemons else None)
             or restart.get(name)
         )
 
@@ -307,7 +325,7 @@ class _Work:
         self._show_front(force=self.state.interrupted is not None or bool(self._front_keys()), first=True)
         if self.only is not None:
             return
-        common = [file for file in units if file.path not in self.units]
+        common = [file for file in units if file.path not in self.units and file.path.name not in self.stale_daemons]
         # Where nothing restarts for it, a changed comment, say, can be written at once.
         quiet = [file for path, file in self.units.items() if self._name(path) not in self.why]
         written = self._write([*common, *quiet])
@@ -332,6 +350,7 @@ class _Work:
         renewals = self._free([name for name in todo if name in self.up], ())
         stops = [name for name in gone if self._in_the_way(name, todo)] or ([] if todo else gone)
         hops = self._hops(todo, gone)
+        blocking = sorted({daemon for name in todo if (daemon := self._blocked_by(name)) is not None})
         # Whoever is away already, cut short before or crashed, and waits for a port, counts.
         away = [name for name in idle if name not in self.last and self._path(name) in self.state.files]
         if now := starts or self._spared(renewals)[: max(0, self.max_unavailable - len(away))]:
@@ -342,6 +361,8 @@ class _Work:
             gone.remove(now[0])
         elif now := self._spared(hops)[:1]:
             self._renew(now, port=self._spare_port())
+        elif now := [daemon for daemon in blocking if self._speaking() - set(self._clients(daemon))][:1]:
+            self._clear(now[0], gone)
         # Whatever comes next, nobody speaks meanwhile.
         elif renewals:
             self._renew(renewals[:1])
@@ -349,6 +370,8 @@ class _Work:
         elif stops:
             self._stop(stops[0])
             gone.remove(stops[0])
+        elif blocking:
+            self._clear(blocking[0], gone)
         else:
             self._renew([hops[0]], port=self._spare_port())
 
@@ -359,6 +382,7 @@ class _Work:
             for name in names
             if not any(mark.port == self.instances[name].port for other, mark in self.running.items() if other != name)
             and not self._filled(gone) & set(self.instances[name].gpus)
+            and self._blocked_by(name) is None
         ]
 
     def _filled(self, gone: Iterable[str]) -> set[str]:
@@ -375,7 +399,8 @@ class _Work:
             and len(self.instances) > 1
             and not self._filled(gone) & set(self.instances[name].gpus)
         ]
-        return stand_in + [name for name in todo if name in self.running and self.running[name].port in wanted]
+        held = [name for name in todo if name in self.running and self.running[name].port in wanted]
+        return [name for name in stand_in + held if self._blocked_by(name) is None]
 
     def _speaking(self) -> set[str]:
         return set(self.up) - self.state.drained
@@ -399,6 +424,53 @@ class _Work:
     def _gpus(self, name: str) -> tuple[str, ...]:
         return systemd.visible_gpus(self.disk.get(self._path(name), ""))
 
+    # MPS daemons
+
+    def _runs_as_wanted(self, file: RenderedFile) -> bool:
+        daemon = self.state.mps_daemons.get(file.path.name)
+        return daemon is not None and daemon.active == "active" and daemon.digest == systemd.mps_digest(file.text)
+
+    def _daemon(self, name: str) -> str | None:
+        """Unit of the daemon through which an instance is to share its GPU."""
+        return systemd.mps_unit_of(self.units[self._path(name)].text)
+
+    def _clients(self, daemon: str) -> list[str]:
+        """Who runs and shares a GPU through a daemon now, wanted or not."""
+        return [name for name in self.running if systemd.mps_unit_of(self.disk.get(self._path(name), "")) == daemon]
+
+    def _blocked_by(self, name: str) -> str | None:
+        """The daemon that has to start anew before an instance can, and that others still use."""
+        daemon = self._daemon(name)
+        return daemon if daemon in self.stale_daemons and self._clients(daemon) else None
+
+    def _clear(self, daemon: str, gone: list[str]) -> None:
+        """All who share a GPU through a daemon leave at once; then it can start anew, and they after it."""
+        clients = self._clients(daemon)
+        for name in set(clients) & set(gone):
+            self._stop(name)
+            gone.remove(name)
+        back = [name for name in clients if name in self.instances]
+        self._take_out(back)
+        if back:
+            self.steps.append(StopUnits(tuple(systemd.unit_name(name) for name in back)))
+        for name in back:
+            self.running.pop(name, None)
+        self.cleared.update(back)
+
+    def _start_daemons(self, names: Iterable[str]) -> None:
+        """Those that the instances about to start need and that do not run as they are to; nobody uses them now."""
+        needed = {self._daemon(name) for name in names} & self.stale_daemons
+        for file in self.wanted.files:
+            if file.path.name not in needed:
+                continue
+            daemon = self.state.mps_daemons.get(file.path.name)
+            if daemon is not None and daemon.active not in ("inactive", "failed"):
+                self.steps.append(StopUnits((file.path.name,)))
+            if self._write([file]):
+                self.steps.append(DAEMON_RELOAD)
+            self.steps.append(StartUnits((file.path.name,), MPS_START_TIMEOUT_S))
+            self.stale_daemons.remove(file.path.name)
+
     def _spare_port(self) -> int:
         """The next one that nobody has or wants."""
         taken = {instance.port for instance in self.instances.values()} | self.state.listening
@@ -420,6 +492,7 @@ class _Work:
             self.steps.append(StopUnits(tuple(systemd.unit_name(name) for name in held)))
         for name in held:
             self.running.pop(name, None)
+        self._start_daemons(names)
         if self._write(files):
             self.steps.append(DAEMON_RELOAD)
         self.steps.append(StartUnits(tuple(systemd.unit_name(name) for name in names), service.start_timeout_s))
@@ -439,7 +512,7 @@ class _Work:
 
     def _has_process(self, name: str) -> bool:
         unit = self.state.instances.get(name)
-        return unit is not None and unit.has_process
+        return unit is not None and unit.has_process and name not in self.cleared
 
     def _take_out(self, names: Sequence[str]) -> None:
         """Nobody asks them any more, and they have answered everything."""

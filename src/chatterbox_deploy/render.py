@@ -12,7 +12,7 @@ from chatterbox_deploy.fleet import Upstream
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.fleet import Fleet, Instance
+    from chatterbox_deploy.fleet import Fleet, Instance, MpsDaemon
     from chatterbox_deploy.templates import Templates
 
 UNIT_DIR = PurePosixPath("/etc/systemd/system")
@@ -62,6 +62,8 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
     if fleet.service.recycles:
         for unit in (systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER):
             texts[UNIT_DIR / unit] = templates.fill_in(f"units/{unit}.j2", common)
+    for daemon in fleet.mps_daemons:
+        texts[UNIT_DIR / systemd.unit_name(daemon.name)] = _mps_unit(fleet, daemon, templates, source=source)
     instances = tuple(instance_unit(fleet, instance, templates, source=source) for instance in fleet.instances)
     others = (RenderedFile(path, text) for path, text in texts.items())
     return tuple(sorted((*others, *instances), key=lambda file: file.path))
@@ -86,7 +88,8 @@ def _common(fleet: Fleet, source: str) -> dict[str, object]:
 def instance_unit(fleet: Fleet, instance: Instance, templates: Templates, *, source: str) -> RenderedFile:
     """The unit of one instance, which carries its mark."""
     unit = systemd.unit_name(instance.name)
-    values = {**_common(fleet, source), "instance": instance, "unit": unit}
+    mps_unit = None if instance.mps is None else systemd.unit_name(instance.mps.name)
+    values = {**_common(fleet, source), "instance": instance, "unit": unit, "mps_unit": mps_unit}
 
     def fill_in(digest: str) -> str:
         mark = systemd.Mark(instance.name, instance.host, instance.port, digest)
@@ -94,6 +97,23 @@ def instance_unit(fleet: Fleet, instance: Instance, templates: Templates, *, sou
         return templates.fill_in("units/chatterbox-tts-instance.service.j2", {**values, "mark": variable})
 
     return RenderedFile(UNIT_DIR / unit, fill_in(systemd.digest(fill_in(""))))
+
+
+def _mps_unit(fleet: Fleet, daemon: MpsDaemon, templates: Templates, *, source: str) -> str:
+    """The unit of an MPS daemon, which carries a mark of its own."""
+    values = {
+        **_common(fleet, source),
+        "daemon": daemon,
+        "clients": [instance.name for instance in fleet.instances if instance.mps == daemon],
+        "runtime_directory": PurePosixPath(daemon.directory).name,
+        "tell_clients": systemd.tell_clients_command(daemon),
+    }
+
+    def fill_in(digest: str) -> str:
+        mark = f"{systemd.MPS_MARK_VARIABLE}={digest}"
+        return templates.fill_in("units/chatterbox-tts-mps.service.j2", {**values, "mark": mark})
+
+    return fill_in(systemd.digest(fill_in("")))
 
 
 def front(fleet: Fleet, templates: Templates, *, source: str, upstreams: Sequence[Upstream] | None = None) -> str:

@@ -442,6 +442,14 @@ def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: F
         timer = found.units.get(systemd.RECYCLE_TIMER, Unit())
         if fleet.service.recycles and timer.load != "not-found" and timer.active != "active":
             wrong.append(f"nothing recycles the instances: systemctl start {systemd.RECYCLE_TIMER}")
+        for daemon in fleet.mps_daemons:
+            name = systemd.unit_name(daemon.name)
+            unit = found.units.get(name, Unit())
+            if unit.load != "not-found" and unit.active != "active":
+                where = f"GPU {' and '.join(daemon.gpus)}"
+                wrong.append(
+                    f"the MPS daemon of {where} is {unit.active}, and its clients wait: `journalctl -u {name}`"
+                )
     if found.front_answers is False:
         wrong.append(f"the front does not answer on {fleet.front.listen}: `journalctl -u {systemd.NGINX_UNIT}`")
     return wrong

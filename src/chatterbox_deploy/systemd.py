@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.fleet import Fleet
+    from chatterbox_deploy.fleet import Fleet, MpsDaemon
 
 TARGET = "chatterbox-tts.target"
 FRONT_UNIT = "chatterbox-tts-nginx.service"
@@ -23,6 +23,16 @@ RECYCLE_UNIT = "chatterbox-tts-recycle.service"
 RECYCLE_TIMER = "chatterbox-tts-recycle.timer"
 STARTS_AT_BOOT = PurePosixPath(f"/etc/systemd/system/multi-user.target.wants/{TARGET}")
 """The link that ``systemctl enable`` makes."""
+
+_MPS_UNIT = re.compile(r"chatterbox-tts-(mps-[a-z0-9-]+)\.service")
+"""The daemon through which the instances on a GPU share it."""
+
+MPS_MARK_VARIABLE = "FLEET_MPS"
+"""Tells from the environment of such a daemon which text of its unit it was started by."""
+
+_MPS_MARK = re.compile(rf"(?:^|[\0\n=]){MPS_MARK_VARIABLE}=([0-9a-f]{{12}})(?=[\0\n]|$)")
+
+_CLIENT_OF = re.compile(r"^PartOf=(chatterbox-tts-mps-[a-z0-9-]+\.service)$", re.MULTILINE)
 
 _NEEDS_NO_QUOTES = re.compile(r"[A-Za-z0-9_=./:,@+~-]+")
 _HOMES = ("/home/", "/root/", "/run/user/")
@@ -68,6 +78,18 @@ def is_edited(text: str) -> bool:
     """Whether somebody changed a unit after it was marked: its process may then run what no text of ours says."""
     mark = find_mark(text)
     return mark is not None and digest(text.replace(str(mark), str(replace(mark, digest="")))) != mark.digest
+
+
+def mps_digest(text: str) -> str | None:
+    """The digest in the unit of an MPS daemon, or in its ``/proc/PID/environ``; ``None`` where there is none."""
+    found = _MPS_MARK.search(text)
+    return None if found is None else found[1]
+
+
+def mps_unit_of(text: str) -> str | None:
+    """The unit of the MPS daemon that an instance's unit is tied to; ``None`` where it is tied to none."""
+    found = _CLIENT_OF.search(text)
+    return None if found is None else found[1]
 
 
 def show_argv(units: Sequence[str], properties: Sequence[str]) -> tuple[str, ...]:
@@ -138,6 +160,11 @@ def instance_name(unit: str) -> str | None:
     return None if found is None or unit == NODES_UNIT else found[1]
 
 
+def is_mps_unit(unit: str) -> bool:
+    """Whether a unit of this name is an MPS daemon of ours."""
+    return _MPS_UNIT.fullmatch(unit) is not None
+
+
 def quote(text: str) -> str:
     """One word of a setting such as ``Environment=`` (systemd.syntax(7), "Quoting"; ``%``: systemd.unit(5))."""
     if _NEEDS_NO_QUOTES.fullmatch(text):
@@ -149,6 +176,21 @@ def quote(text: str) -> str:
 def quote_command(argv: Sequence[str]) -> str:
     """``ExecStart=``'s value: as ``quote``, and ``$`` is not a variable (systemd.service(5), "Command lines")."""
     return " ".join(quote(argument).replace("$", "$$") for argument in argv)
+
+
+def tell_clients_command(daemon: MpsDaemon) -> tuple[str, ...]:
+    """Writes what the clients of an MPS daemon are told: each GPU by its UUID, in the daemon's order.
+
+    Fails, and writes nothing, if there is no such GPU.
+    """
+    names = [f"gpu{number}" for number in range(len(daemon.gpus))]
+    found = (
+        f"$(nvidia-smi --id={gpu} --query-gpu=uuid --format=csv,noheader)" if gpu.isdigit() else gpu
+        for gpu in daemon.gpus
+    )
+    asked = " && ".join(f"{name}={gpu}" for name, gpu in zip(names, found, strict=True))
+    told = ",".join(f"${name}" for name in names)
+    return ("/bin/sh", "-c", f"{asked} && echo CUDA_VISIBLE_DEVICES={told} > {daemon.clients_file}")
 
 
 def protect_home(fleet: Fleet) -> Literal["yes", "read-only"]:

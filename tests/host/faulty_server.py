@@ -33,6 +33,9 @@ FAULTS = Path(os.environ.get("FAULTS", "/etc/chatterbox-tts/faults"))
 POISON = "poison"
 """Breaks any engine that is asked to say it."""
 
+CANARY = "One, two, three."
+"""What ``apply`` asks every instance to say."""
+
 UTTERANCE_S = 0.02
 
 
@@ -78,7 +81,7 @@ class FaultyEngine:
         self._freed = False
         time.sleep(UTTERANCE_S)
         # The halves of a text have its numbers between them.
-        lasts_ms = 1000 if utterance.text == WARM_UP else sum(map(int, re.findall(r"\d+", utterance.text)))
+        lasts_ms = 1000 if utterance.text in {WARM_UP, CANARY} else sum(map(int, re.findall(r"\d+", utterance.text)))
         time_s = np.arange(lasts_ms * self.sample_rate_hz // 1000, dtype=np.float32) / self.sample_rate_hz
         tone: NDArray[np.float32] = 0.5 * np.sin(2 * np.pi * 440 * time_s, dtype=np.float32)
         return tone

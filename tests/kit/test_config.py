@@ -178,6 +178,18 @@ REJECTED = [
         ],
     ),
     (
+        ONE_GPU + "[unit]\nmps = false\nmps_thread_percentage = 50",
+        ["unit.mps_thread_percentage: has no meaning with unit.mps = false"],
+    ),
+    (
+        ONE_GPU + "[unit]\nmps = 'on'\nmps_thread_percentage = 0\ncpus_per_instance = -1",
+        [
+            "unit.mps: input should be a valid boolean, got 'on'",
+            "unit.mps_thread_percentage: input should be greater than or equal to 1, got 0",
+            "unit.cpus_per_instance: input should be greater than or equal to 0, got -1",
+        ],
+    ),
+    (
         ONE_GPU + "[unit]\nmemory_max_mb = 1\nrecycle_after_h = -1\nrecycle_memory_mb = 10_000_001",
         [
             "unit.memory_max_mb: should be 0 (none) or at least 256, got 1",

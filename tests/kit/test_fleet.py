@@ -110,6 +110,65 @@ def test_memory_and_age_have_no_limit_unless_one_is_given() -> None:
     assert bounded.recycles
 
 
+SHARED = "[gpus]\n0 = 6093\n1 = [6094, 6096]\n'2,3' = [6097, 6098]\n4 = [6099]\n"
+
+
+def test_each_gpu_with_several_instances_has_an_mps_daemon_and_they_its_pipes() -> None:
+    resolved = resolve(SHARED)
+
+    assert {daemon.name: daemon.gpus for daemon in resolved.mps_daemons} == {
+        "mps-gpu1": ("1",),
+        "mps-gpu2-gpu3": ("2", "3"),
+    }
+    assert {each.name: each.environment.get("CUDA_MPS_PIPE_DIRECTORY") for each in resolved.instances} == {
+        "gpu0": None,
+        "gpu1-a": "/run/chatterbox-tts-mps-gpu1",
+        "gpu1-b": "/run/chatterbox-tts-mps-gpu1",
+        "gpu2-gpu3-a": "/run/chatterbox-tts-mps-gpu2-gpu3",
+        "gpu2-gpu3-b": "/run/chatterbox-tts-mps-gpu2-gpu3",
+        "gpu4": None,
+    }
+    assert len({daemon.environment["CUDA_MPS_LOG_DIRECTORY"] for daemon in resolved.mps_daemons}) == 2
+
+
+@pytest.mark.parametrize("more", ["[unit]\nmps = false", "[server]\nengine = 'espeak'", "[server]\ndevice = 'cpu'"])
+def test_without_cuda_or_where_the_file_says_so_there_is_no_mps(more: str) -> None:
+    resolved = resolve(SHARED + more)
+
+    assert resolved.mps_daemons == ()
+    assert all(each.mps is None and "CUDA_MPS_PIPE_DIRECTORY" not in each.environment for each in resolved.instances)
+
+
+def test_a_share_of_the_gpu_is_told_to_those_who_share_it_alone() -> None:
+    resolved = resolve(SHARED + "[unit]\nmps_thread_percentage = 40")
+
+    told = {each.name: each.environment.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for each in resolved.instances}
+    assert told == {
+        **dict.fromkeys(["gpu1-a", "gpu1-b", "gpu2-gpu3-a", "gpu2-gpu3-b"], "40"),
+        "gpu0": None,
+        "gpu4": None,
+    }
+
+
+def test_cpus_are_dealt_out_in_the_files_order_and_bound_the_threads() -> None:
+    resolved = resolve(SHARED + "[unit]\ncpus_per_instance = 3\n[server]\ncpu_threads = 8")
+
+    assert [each.cpus for each in resolved.instances] == [range(3 * n, 3 * n + 3) for n in range(6)]
+    assert {each.environment["OMP_NUM_THREADS"] for each in resolved.instances} == {"3"}
+    assert all(each.cpus is None for each in resolve(SHARED).instances)
+
+
+def test_the_memory_of_an_instance_is_as_given_as_measured_or_unknown() -> None:
+    def needed(server: str) -> int | None:
+        return resolve(f"[gpus]\n0 = 6093\n[server]\n{server}").service.gpu_memory_bytes
+
+    assert needed("gpu_memory_mb = 2500") == 2_500_000_000
+    assert needed("model = 'turbo'") == fleet.GPU_MEMORY_BYTES["turbo"]
+    assert needed("engine = 'espeak'") is None
+    assert needed("command = ['/srv/serve', '{port}']") is None
+    assert needed("command = ['/srv/serve', '{port}']\ngpu_memory_mb = 2500") == 2_500_000_000
+
+
 def test_an_operators_variable_overrides_a_default() -> None:
     (instance,) = resolve("[gpus]\n0 = 6093\n[server.environment]\nOMP_NUM_THREADS = '8'").instances
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_deploy import apply, config, facts, observe, plan, render, systemd
-from chatterbox_deploy.facts import HostState, UnitState
+from chatterbox_deploy.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.ledger import Ledger
 from chatterbox_deploy.steps import PointLink
 from chatterbox_deploy.templates import Templates
@@ -35,6 +35,11 @@ def serving(toml: str, **changes: Any) -> HostState:
     marks = {found.name: found for file in wanted.files if (found := systemd.find_mark(file.text))}
     return replace(
         HostState(
+            mps_daemons={
+                file.path.name: MpsState("active", systemd.mps_digest(file.text))
+                for file in wanted.files
+                if systemd.is_mps_unit(file.path.name)
+            },
             files={file.path: file.text for file in wanted.files},
             instances={name: UnitState("active", running, has_process=True) for name, running in marks.items()},
             enabled=True,
@@ -70,6 +75,11 @@ def crashed() -> HostState:
     before = serving(TWO)
     instances = {**before.instances, "gpu1": UnitState("failed", None)}
     return replace(before, instances=instances, listening=frozenset({6093}))
+
+
+def failed_daemon() -> HostState:
+    before = serving("[gpus]\n0 = [6093, 6094]\n")
+    return replace(before, mps_daemons={"chatterbox-tts-mps-gpu0.service": MpsState("failed", None)})
 
 
 TURBO = "[server]\nmodel = 'turbo'\n"
@@ -171,10 +181,13 @@ gpu1: the fleet file asks for it no longer
         serving(ONE),
         "[gpus]\n0 = [6093, 6094]\n",
         """
-verify 5 units
+verify 6 units
 front: gpu0 (6093) in service
 write chatterbox-tts.target
 systemctl daemon-reload
+write mps-gpu0.service
+systemctl daemon-reload
+systemctl start mps-gpu0.service
 write gpu0-b.service
 systemctl daemon-reload
 systemctl start gpu0-b.service
@@ -194,6 +207,121 @@ front: gpu0-a (6093), gpu0-b (6094) in service
 gpu0-b: it is new
 gpu0: the fleet file asks for it no longer
 gpu0-a: it is new
+""",
+    ),
+    "a GPU is shared no longer": (
+        serving("[gpus]\n0 = [6093, 6094]\n"),
+        ONE,
+        """
+verify 4 units
+front: gpu0-a (6093), gpu0-b (6094) in service
+write chatterbox-tts.target
+systemctl daemon-reload
+front: gpu0-b (6094) in service; gpu0-a leaving
+wait until gpu0-a is idle
+systemctl stop gpu0-a.service
+remove gpu0-a.service
+systemctl daemon-reload
+write gpu0.service
+systemctl daemon-reload
+systemctl start gpu0.service
+wait until gpu0 is ready on port 6093
+hear gpu0 speak
+front: gpu0 (6093) in service; gpu0-b leaving
+wait until gpu0-b is idle
+systemctl stop gpu0-b.service
+remove gpu0-b.service
+systemctl daemon-reload
+systemctl stop mps-gpu0.service
+remove mps-gpu0.service
+systemctl daemon-reload
+front: gpu0 (6093) in service
+gpu0-a: the fleet file asks for it no longer
+gpu0: it is new
+gpu0-b: the fleet file asks for it no longer
+""",
+    ),
+    "two that share a GPU take turns from now on": (
+        serving("[gpus]\n0 = [6093, 6094]\n"),
+        "[gpus]\n0 = [6093, 6094]\n[unit]\nmps = false\n",
+        """
+verify 5 units
+front: gpu0-b (6094) in service; gpu0-a leaving
+wait until gpu0-a is idle
+systemctl stop gpu0-a.service
+write gpu0-a.service
+systemctl daemon-reload
+systemctl start gpu0-a.service
+wait until gpu0-a is ready on port 6093
+hear gpu0-a speak
+front: gpu0-a (6093) in service; gpu0-b leaving
+wait until gpu0-b is idle
+systemctl stop gpu0-b.service
+write gpu0-b.service
+systemctl daemon-reload
+systemctl start gpu0-b.service
+wait until gpu0-b is ready on port 6094
+hear gpu0-b speak
+front: gpu0-a (6093), gpu0-b (6094) in service
+systemctl stop mps-gpu0.service
+remove mps-gpu0.service
+systemctl daemon-reload
+gpu0-a: its unit changes: PartOf, Wants, After and more
+gpu0-b: its unit changes: PartOf, Wants, After and more
+""",
+    ),
+    "the user of an MPS daemon changed: its clients restart together": (
+        serving("[gpus]\n0 = [6093, 6094]\n1 = 6096\n"),
+        "[gpus]\n0 = [6093, 6094]\n1 = 6096\n[unit]\nuser = '_tts'\n",
+        """
+verify 7 units
+front: gpu0-a (6093), gpu0-b (6094) in service; gpu1 leaving
+wait until gpu1 is idle
+systemctl stop gpu1.service
+write gpu1.service
+systemctl daemon-reload
+systemctl start gpu1.service
+wait until gpu1 is ready on port 6096
+hear gpu1 speak
+front: gpu1 (6096) in service; gpu0-a, gpu0-b leaving
+wait until gpu0-a is idle
+wait until gpu0-b is idle
+systemctl stop gpu0-a.service gpu0-b.service
+systemctl stop mps-gpu0.service
+write mps-gpu0.service
+systemctl daemon-reload
+systemctl start mps-gpu0.service
+write gpu0-a.service, gpu0-b.service
+systemctl daemon-reload
+systemctl start gpu0-a.service gpu0-b.service
+wait until gpu0-a is ready on port 6093
+hear gpu0-a speak
+wait until gpu0-b is ready on port 6094
+hear gpu0-b speak
+front: gpu0-a (6093), gpu0-b (6094), gpu1 (6096) in service
+gpu1: its unit changes: User
+gpu0-a: its unit changes: User
+gpu0-b: its unit changes: User
+""",
+    ),
+    "an MPS daemon failed: its clients cannot go on": (
+        failed_daemon(),
+        "[gpus]\n0 = [6093, 6094]\n",
+        """
+front: nobody in service; gpu0-a, gpu0-b leaving
+wait until gpu0-a is idle
+wait until gpu0-b is idle
+systemctl stop gpu0-a.service gpu0-b.service
+systemctl start mps-gpu0.service
+systemctl start gpu0-a.service gpu0-b.service
+wait until gpu0-a is ready on port 6093
+hear gpu0-a speak
+wait until gpu0-b is ready on port 6094
+hear gpu0-b speak
+front: gpu0-a (6093), gpu0-b (6094) in service
+gpu0-a: the MPS daemon of its GPU starts anew
+gpu0-b: the MPS daemon of its GPU starts anew
+note: nobody else speaks while gpu0-a and gpu0-b restarts: requests get 503 with Retry-After
 """,
     ),
     "two swapped their ports: one goes over a spare one": (

@@ -19,7 +19,7 @@ from chatterbox_deploy import apply, blueprint, deploy, draining, facts, ledger,
 from chatterbox_deploy.deploy import Author, Proposal, WentBack
 from chatterbox_deploy.difference import Change
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.fleet import Upstream
+from chatterbox_deploy.fleet import MPS_PROGRAM, Upstream
 from chatterbox_deploy.render import RenderedFile
 from chatterbox_deploy.steps import Run, ShowFront, StartUnits, StopUnits, WriteFiles
 from support import fleets
@@ -51,6 +51,7 @@ def propose(host: ScriptedHost, table: dict[str, Any], max_unavailable: int = 1,
     asked = blueprint.of_file(host, source=source, fleet_toml=fleets.to_toml(table), templates={})
     for instance in blueprint.want(asked).fleet.instances:
         host.place(instance.command[0])
+    host.place(f"/usr/bin/{MPS_PROGRAM}")
     return proposal_for(host, asked, max_unavailable)
 
 
@@ -63,12 +64,29 @@ def proposal_for(host: ScriptedHost, asked: Blueprint, max_unavailable: int = 1)
 def watch(host: ScriptedHost, proposal: Proposal, max_unavailable: int = 1) -> None:
     """Have the host object to what must not happen on the way to what is proposed."""
     names = {instance.name for instance in proposal.wanted.fleet.instances}
+    together = starting_anew_together(host, proposal)
+    others = names - proposal.state.drained - together.keys()
     host.promise(
         proposal.wanted,
         lasting=names & host.running().keys(),
         max_unavailable=max_unavailable,
-        somebody=len(host.in_service()) > 1 and len(names - proposal.state.drained) > 1,
+        somebody=len(host.in_service()) > 1
+        and len(names - proposal.state.drained) > 1
+        and (not together or bool(others & host.in_service())),
+        together=together,
     )
+
+
+def starting_anew_together(host: ScriptedHost, proposal: Proposal) -> dict[str, str]:
+    """Instances whose MPS daemon runs and has to start anew: by name, the daemon."""
+    wanted = {file.path.name: systemd.mps_digest(file.text) for file in proposal.wanted.files}
+    anew = {
+        unit
+        for unit, daemon in proposal.state.mps_daemons.items()
+        if daemon.digest is not None and wanted.get(unit) != daemon.digest
+    }
+    daemons = {name: systemd.mps_unit_of(text) for name, text in host.running().items()}
+    return {name: unit for name, unit in daemons.items() if unit in anew}
 
 
 def carry_out(host: ScriptedHost, proposal: Proposal) -> None:
@@ -106,6 +124,11 @@ def assert_is_as_wanted(host: ScriptedHost, again: Proposal) -> None:
     assert again.state.active
     assert host.in_service() == {instance.name for instance in instances} - drained
     assert host.instances() == {instance.name: "active" for instance in instances}
+    assert {unit: (daemon.active, daemon.digest) for unit, daemon in again.state.mps_daemons.items()} == {
+        file.path.name: ("active", systemd.mps_digest(file.text))
+        for file in wanted.files
+        if systemd.is_mps_unit(file.path.name)
+    }
     marks = {name: systemd.find_mark(text) for name, text in host.running().items()}
     assert marks == {
         name: systemd.find_mark(texts[render.UNIT_DIR / systemd.unit_name(name)]) for name in host.running()
@@ -114,12 +137,18 @@ def assert_is_as_wanted(host: ScriptedHost, again: Proposal) -> None:
 
 # 1, and on the way 2 to 5
 
+SHARED = {"0": [6100, 6101], "1": 6102}
+
 
 @laws(60)
 @given(pair=fleets.related_pairs(), source=st.sampled_from([SOURCE, "/home/ada/fleet.toml"]))
 # Each takes the port of the next: the last one that speaks has to move, too.
 @example(pair=Pair({"gpus": {"0": 6100, "1": 6101}}, {"gpus": {"1": 6100, "2": 6101}}), source=SOURCE)
 @example(pair=Pair({"gpus": {"0": 6100, "1": 6101}}, {"gpus": {"0": 6101, "1": 6100}}), source=SOURCE)
+# Who shares a GPU by MPS goes and comes with the daemon.
+@example(pair=Pair({"gpus": SHARED}, {"gpus": SHARED, "unit": {"user": "_tts"}}), source=SOURCE)
+@example(pair=Pair({"gpus": SHARED}, {"gpus": {"0": [6101, 6100]}, "unit": {"user": "_tts"}}, ("gpu1",)), source=SOURCE)
+@example(pair=Pair({"gpus": SHARED, "unit": {"mps": False}}, {"gpus": SHARED}), source=SOURCE)
 def test_applied_a_plan_leaves_nothing_to_do_and_breaks_no_law_on_the_way(pair: Pair, source: str) -> None:
     with scripted_host() as host:
         set_up(host, pair)
@@ -263,6 +292,7 @@ CUT_EVERYWHERE = {
     "a server of one's own": Pair(
         {"gpus": ONE}, {"gpus": ONE, "server": {"command": ["/programs/serve", "--port={port}"]}}
     ),
+    "a GPU is shared by MPS, whose user changes": Pair({"gpus": SHARED}, {"gpus": SHARED, "unit": {"user": "_tts"}}),
     "two at a time, and the front moves": Pair(
         {"gpus": TWO}, {"gpus": TWO, "nginx": {"listen": "127.0.0.1:7000"}, "unit": {"user": "_tts"}}, (), 2
     ),

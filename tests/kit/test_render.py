@@ -129,6 +129,7 @@ def test_any_valid_fleet_renders_the_same_twice_and_has_a_unit_per_instance(tabl
         systemd.TARGET,
         systemd.FRONT_UNIT,
         *([systemd.NODES_UNIT] if resolved.service.uses_gpu else []),
+        *(systemd.unit_name(daemon.name) for daemon in resolved.mps_daemons),
         *([systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER] if resolved.service.recycles else []),
         render.FRONT_PATH.name,
     }

@@ -393,6 +393,19 @@ def test_what_is_wrong_with_no_instance_in_particular_stands_below() -> None:
     assert all(not row.wrong for row in told.rows)
 
 
+def test_an_mps_daemon_that_does_not_run_is_told_with_where_to_look() -> None:
+    text = "[gpus]\n0 = 6093\n1 = [6094, 6096]\n"
+    found = as_it_should_be(text)
+    daemon = "chatterbox-tts-mps-gpu1.service"
+
+    failed = report(replace(found, units={**(found.units or {}), daemon: replace(TARGET, active="failed")}), text)
+
+    assert report(found, text).wrong == ()
+    assert failed.wrong == (
+        "the MPS daemon of GPU 1 is failed, and its clients wait: `journalctl -u chatterbox-tts-mps-gpu1.service`",
+    )
+
+
 def test_json_has_every_row_and_null_where_nothing_is_known() -> None:
     told = json.loads(json.dumps(report(with_unit(FAILED)).as_json()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -89,3 +90,38 @@ def test_homes_are_hidden_unless_the_fleet_uses_one(server: str, answer: str) ->
     text = f"[gpus]\n0 = 6093\n[server]\n{server}"
 
     assert systemd.protect_home(fleet.resolve(config.load(text, source="f"))) == answer
+
+
+@pytest.mark.parametrize(
+    ("gpus", "clients"), [("1", "GPU-1"), ("3,2", "GPU-3,GPU-2"), ("GPU-8f3c2a1b-0000-4000-8000-00000000000a", None)]
+)
+def test_clients_of_an_mps_daemon_are_told_each_gpu_by_its_uuid(gpus: str, clients: str | None, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "GPU-${1#--id=}"\n')
+    smi.chmod(0o755)
+    (daemon,) = fleet.resolve(config.load(f"[gpus]\n'{gpus}' = [6093, 6094]\n", source="f")).mps_daemons
+    here = replace(daemon, directory=str(tmp_path))
+
+    subprocess.run(systemd.tell_clients_command(here), env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+
+    assert (tmp_path / "clients.env").read_text() == f"CUDA_VISIBLE_DEVICES={clients or gpus}\n"
+
+
+def test_clients_of_an_mps_daemon_are_told_nothing_where_there_is_no_such_gpu(tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    smi.chmod(0o755)
+    (daemon,) = fleet.resolve(config.load("[gpus]\n7 = [6093, 6094]\n", source="f")).mps_daemons
+    here = replace(daemon, directory=str(tmp_path))
+
+    done = subprocess.run(systemd.tell_clients_command(here), env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)
+
+    assert done.returncode == 6
+    assert not (tmp_path / "clients.env").exists()
+
+
+def test_names_tell_instances_from_their_mps_daemons() -> None:
+    assert systemd.instance_name("chatterbox-tts-mps-gpu0.service") is None
+    assert systemd.is_mps_unit("chatterbox-tts-mps-gpu0.service")
+    assert not systemd.is_mps_unit("chatterbox-tts-gpu0-a.service")
+    assert systemd.instance_name("chatterbox-tts-gpu0-a.service") == "gpu0-a"

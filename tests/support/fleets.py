@@ -76,6 +76,7 @@ _OUR_SERVER = st.fixed_dictionaries(
         "recycle_gpu_mb": _MEMORIES,
         "recycle_host_mb": _MEMORIES,
         "cpu_threads": st.integers(1, 256),
+        "gpu_memory_mb": _MEMORIES,
         "environment": st.dictionaries(st.sampled_from(["HF_ENDPOINT", "LC_ALL", "X_1"]), _WORDS),
     },
 ).filter(lambda server: server.get("device") != "cpu" or server.get("autocast", "off") == "off")
@@ -98,8 +99,11 @@ _UNIT = st.fixed_dictionaries(
         "memory_max_mb": _MEMORIES,
         "recycle_after_h": st.integers(0, 8760),
         "recycle_memory_mb": _MEMORIES,
+        "mps": st.booleans(),
+        "mps_thread_percentage": st.integers(1, 100),
+        "cpus_per_instance": st.integers(0, 256),
     },
-)
+).filter(lambda unit: unit.get("mps", True) or "mps_thread_percentage" not in unit)
 
 
 _TLS = {"tls_certificate": "/etc/tls/chain.pem", "tls_key": "/etc/tls/key.pem"}
@@ -249,7 +253,7 @@ def _edited(draw: DrawFn, gpus: dict[str, int | list[int]]) -> dict[str, int | l
 _SETTINGS: dict[str, Any] = {
     "nginx": {"listen": "127.0.0.1:7000", "max_upload_mb": 30},
     "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": '50% "more"'}, "cpu_threads": 3},
-    "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20},
+    "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20, "mps": False},
 }
 
 

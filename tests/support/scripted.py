@@ -96,6 +96,10 @@ class _Unit:
     def instance(self) -> str:
         return systemd.instance_name(self.name) or ""
 
+    @property
+    def is_daemon(self) -> bool:
+        return systemd.is_mps_unit(self.name)
+
 
 @dataclass(frozen=True)
 class _Promise:
@@ -105,6 +109,7 @@ class _Promise:
     lasting: frozenset[str]
     max_unavailable: int
     somebody: bool
+    together: Mapping[str, str]
 
 
 @contextmanager
@@ -131,6 +136,9 @@ class ScriptedHost(LocalHost):
         self.refuses: dict[str, str] = {}
         """Words in a text that ``systemd-analyze verify`` or ``nginx -t`` refuses → what it says of them."""
 
+        self.gpus: str | None = None
+        """What nvidia-smi prints; ``None`` where there is none."""
+
         self.strangers: set[int] = set()
         """Ports on which programs listen that are none of ours."""
 
@@ -143,7 +151,7 @@ class ScriptedHost(LocalHost):
         self._started = 0
         self._verified: set[str] = set()
         self._tested: set[str] = set()
-        self._promise = _Promise(None, frozenset(), 1, somebody=False)
+        self._promise = _Promise(None, frozenset(), 1, somebody=False, together={})
         self._served: set[str] = set()
         self._changes_left: int | None = None
         self._dead = False
@@ -156,12 +164,18 @@ class ScriptedHost(LocalHost):
         self.at(PurePosixPath(path)).write_text(text)
 
     def promise(
-        self, wanted: Wanted | None, *, lasting: Collection[str] = (), max_unavailable: int = 1, somebody: bool = False
+        self,
+        wanted: Wanted | None,
+        *,
+        lasting: Collection[str] = (),
+        max_unavailable: int = 1,
+        somebody: bool = False,
+        together: Mapping[str, str] | None = None,
     ) -> None:
         """Object from now on, too, if something restarts before ``wanted`` was judged, if too many of ``lasting`` are
-        away at once, or (``somebody``) if nobody speaks.
+        away at once, or (``somebody``) if nobody speaks. Those that ``together`` gives one word count as one.
         """
-        self._promise = _Promise(wanted, frozenset(lasting), max_unavailable, somebody)
+        self._promise = _Promise(wanted, frozenset(lasting), max_unavailable, somebody, together or {})
         self._served = self.in_service()
 
     def interrupt_after(self, changes: int) -> None:
@@ -260,6 +274,11 @@ class ScriptedHost(LocalHost):
                     if not any(place.iterdir()):
                         place.rmdir()
                 return Ran(0)
+            case ["nvidia-smi", *_] if self.gpus is not None:
+                return Ran(0, self.gpus)
+            case ["nvidia-smi", *_]:
+                msg = "cannot run `nvidia-smi`: no such file or directory"
+                raise CommandFailed(msg)
             case ["test", "-e", path, *_]:
                 place = self.at(PurePosixPath(path))
                 return Ran(0 if place.exists() or place.is_symlink() else 1)
@@ -347,7 +366,7 @@ class ScriptedHost(LocalHost):
         self.history.append(what)
         in_service = self.in_service()
         away = (self._promise.lasting & self._served) - in_service
-        if len(away) > self._promise.max_unavailable:
+        if len({self._promise.together.get(name, name) for name in away}) > self._promise.max_unavailable:
             self._object(f"{', '.join(sorted(away))} are away, more than {self._promise.max_unavailable} at once")
         if self._promise.somebody and self._served and not in_service:
             self._object("nobody is in service")
@@ -425,21 +444,31 @@ class ScriptedHost(LocalHost):
                 self._serve_front()
             if unit.instance:
                 self._begin_process(unit)
+            elif unit.is_daemon:
+                unit.sub = "running"
+                self._give_process(unit)
 
     def _may_start(self, unit: _Unit) -> None:
         self._judged()
         port = _port(unit.loaded)
-        holders = [u.name for u in self._units.values() if u is not unit and u.pid and _port(u.running) == port]
+        others = [u for u in self._units.values() if u is not unit and u.instance and u.pid]
+        holders = [u.name for u in others if _port(u.running) == port]
         if holders:
             self._object(f"{unit.name} starts on port {port}, which {holders[0]} holds")
         if port in self.strangers:
             self._object(f"{unit.name} starts on port {port}, which a stranger holds")
+        daemon = self._units.get(systemd.mps_unit_of(unit.loaded) or "")
+        if daemon is not None and systemd.mps_digest(daemon.running) != systemd.mps_digest(daemon.loaded):
+            self._object(f"{unit.name} starts, and {daemon.name} runs an older unit")
 
-    def _begin_process(self, unit: _Unit) -> None:
+    def _give_process(self, unit: _Unit) -> None:
         unit.pid = _BEFORE_OURS + self._started
         unit.running = unit.loaded
         variables = {**_environment(unit.running), "INVOCATION_ID": unit.invocation}
         self.place(f"/proc/{unit.pid}/environ", "".join(f"{name}={value}\0" for name, value in variables.items()))
+
+    def _begin_process(self, unit: _Unit) -> None:
+        self._give_process(unit)
         credential = _setting(unit.running, "LoadCredential").partition(":")[2]
         unit.keys = (super().read_bytes(PurePosixPath(credential)) or b"") if credential else b""
         fault = self._fault(unit.running)
@@ -487,7 +516,9 @@ class ScriptedHost(LocalHost):
                 continue
             if unit.pid:
                 self._may_stop(unit)
-            with self._change(f"stop {unit.name}" + (f" on {_port(unit.running)}" if unit.pid else "")):
+            with self._change(
+                f"stop {unit.name}" + (f" on {_port(unit.running)}" if unit.instance and unit.pid else "")
+            ):
                 unit.active, unit.sub, unit.due_s = "inactive", "dead", None
                 if unit.pid:
                     unit.active, unit.sub = "deactivating", "stop-sigterm"
@@ -500,6 +531,12 @@ class ScriptedHost(LocalHost):
 
     def _may_stop(self, unit: _Unit) -> None:
         self._judged()
+        if unit.is_daemon:
+            if clients := [
+                u.name for u in self._units.values() if u.pid and systemd.mps_unit_of(u.running) == unit.name
+            ]:
+                self._object(f"{unit.name} is stopped, and {clients[0]} shares its GPU through it")
+            return
         if unit.address in self._up():
             self._object(f"{unit.name} is stopped, and the front lists its port {unit.address[1]}")
         if self._is_busy(unit) and self._promise.wanted is not None:
@@ -600,7 +637,7 @@ class ScriptedHost(LocalHost):
             return
         self.front = text
         for unit in self._units.values():
-            if unit.pid and unit.address in before - self._up():
+            if unit.instance and unit.pid and unit.address in before - self._up():
                 unit.idle_s = self._clock_s + FINISH_S
 
     def _front_on_disk(self) -> str | None:
@@ -616,7 +653,12 @@ class ScriptedHost(LocalHost):
     # Processes
 
     def _listens(self, unit: _Unit) -> bool:
-        return unit.pid != 0 and unit.active in ("active", "deactivating") and unit.binds_s <= self._clock_s
+        return (
+            unit.instance != ""
+            and unit.pid != 0
+            and unit.active in ("active", "deactivating")
+            and unit.binds_s <= self._clock_s
+        )
 
     def _is_busy(self, unit: _Unit) -> bool:
         return self._listens(unit) and (unit.address in self._up() or self._clock_s < unit.idle_s)

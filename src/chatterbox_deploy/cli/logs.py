@@ -31,7 +31,9 @@ def logs_command(*, who: tuple[str, ...], follow: bool, lines: int | None, since
         chatterbox-deploy logs 0 --since -10min
     """
     resolved = fleet.resolve(arguments.read_fleet(fleet_file))
-    units = [systemd.unit_name(instance.name) for instance in arguments.find_instances(resolved, who)]
+    chosen = arguments.find_instances(resolved, who)
+    units = [systemd.unit_name(instance.name) for instance in chosen]
+    units += [systemd.unit_name(each.name) for each in resolved.mps_daemons if any(i.mps == each for i in chosen)]
     if lines is None and since is None:
         lines = 100
     process.hand_over(

@@ -55,7 +55,8 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
     units = [systemd.unit_name(instance.name) for instance in chosen]
     if not who:
         # By name: stopping the target returns before the units that are part of it have stopped.
-        others = (systemd.TARGET, systemd.RECYCLE_TIMER, systemd.RECYCLE_UNIT)
+        daemons = (systemd.unit_name(daemon.name) for daemon in resolved.mps_daemons)
+        others = (systemd.TARGET, systemd.RECYCLE_TIMER, systemd.RECYCLE_UNIT, *daemons)
         units += [unit for unit in others if _is_installed(host, unit)]
     _refuse_missing(host, "stop", chosen)
     click.echo(f"stopping {_listed(chosen)}; what was begun is finished first", err=True)
@@ -88,7 +89,8 @@ def _start(host: Host, verb: str, resolved: Fleet, chosen: Sequence[Instance], *
     _refuse_missing(host, verb, chosen)
     units = [systemd.unit_name(instance.name) for instance in chosen]
     # After a crash loop systemd refuses to start a unit; there is nothing to forget about one it has not loaded.
-    host.run(("systemctl", "reset-failed", *units), timeout_s=_MARGIN_S, check=False)
+    daemons = [systemd.unit_name(each.name) for each in resolved.mps_daemons if any(i.mps == each for i in chosen)]
+    host.run(("systemctl", "reset-failed", *units, *daemons), timeout_s=_MARGIN_S, check=False)
     service = resolved.service
     _systemctl(
         host,

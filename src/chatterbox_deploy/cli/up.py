@@ -45,7 +45,7 @@ def up_command(*, fleet_file: Path, own_templates: Path | None) -> None:
     nginx = _find_nginx()
     with tempfile.TemporaryDirectory(prefix="chatterbox-up-") as directory:
         runtime_dir = Path(directory)
-        resolved = fleet.resolve(_run_here(arguments.read_fleet(fleet_file)), _places(runtime_dir))
+        resolved = fleet.resolve(_without_mps(_run_here(arguments.read_fleet(fleet_file))), _places(runtime_dir))
         files = render.render_foreground(
             resolved,
             arguments.templates(own_templates),
@@ -74,6 +74,11 @@ def _run_here(config: FleetConfig) -> FleetConfig:
     return config.model_copy(update={"server": config.server.model_copy(update={"python": sys.executable})})
 
 
+def _without_mps(config: FleetConfig) -> FleetConfig:
+    """Nobody would keep the daemons running."""
+    return config.model_copy(update={"unit": config.unit.model_copy(update={"mps": False})})
+
+
 def _places(runtime_dir: Path) -> fleet.Places:
     """The XDG directories of the user who types ``up``."""
     home = Path.home()
@@ -84,6 +89,7 @@ def _places(runtime_dir: Path) -> fleet.Places:
         cache_dir=str(cache / "chatterbox-tts"),
         hub_dir=os.environ.get("HF_HOME", str(cache / "huggingface")),
         log_dir=str(runtime_dir),
+        run_dir=str(runtime_dir),
     )
 
 
