@@ -50,7 +50,7 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
 
     Each finishes what it began. At the next boot the fleet starts again.
     """
-    _, chosen = _choose(fleet_file, who)
+    resolved, chosen = _choose(fleet_file, who)
     host = LocalHost()
     units = [systemd.unit_name(instance.name) for instance in chosen]
     if not who:
