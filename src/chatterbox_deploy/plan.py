@@ -234,14 +234,14 @@ class _Work:
             for each in nginx.find_upstreams(self.disk.get(render.FRONT_PATH, ""))
             if only is not None and each.name in self.instances and each.name not in only
         }
-        self.why = {
-            name: why for name in self.instances if (only is None or name in only) and (why := self._why(name, restart))
-        }
         # MPS daemons that do not run as they are to: before one starts, all who shared a GPU through it have gone.
         self.stale_daemons = {
             file.path.name
             for file in wanted.files
             if systemd.is_mps_unit(file.path.name) and not self._runs_as_wanted(file)
+        }
+        self.why = {
+            name: why for name in self.instances if (only is None or name in only) and (why := self._why(name, restart))
         }
         self.cleared: set[str] = set()
 
