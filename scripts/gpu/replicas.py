@@ -1,17 +1,15 @@
-"""Several instances on one GPU, taking turns and by MPS, as their units start them: rate, latency, memory, cores.
+"""Several instances on one GPU, taking turns, by MPS, or one with a pipeline: rate, latency, memory, cores.
 
-    sudo python scripts/gpu/replicas.py | tee scripts/gpu/replicas.txt
-    sudo python scripts/gpu/replicas.py --profile mine.json     # for `chatterbox-deploy advise --profile mine.json`
-    sudo python scripts/gpu/replicas.py --built-in              # writes it to src/chatterbox_deploy/measured.json
+    python scripts/gpu/replicas.py | tee scripts/gpu/replicas.txt
+    python scripts/gpu/replicas.py --profile mine.json     # for `chatterbox-deploy advise --profile mine.json`
+    python scripts/gpu/replicas.py --built-in              # writes it to src/chatterbox_deploy/measured.json
 
 Weights are random at full size (scripts/tiny_model.py). Every server and the MPS daemon get exactly the Environment=,
 EnvironmentFile=, ExecStart= and ExecStartPost= of the units that `chatterbox-deploy render` wrote, beside what this
 machine needs to find Python packages and the driver. Each instance has one client that asks again as soon as it is
-answered. In the end the daemon is killed, as systemd would have it die. Fails if 4 by MPS are not 3.9 times one, or if
-somebody was no client of the daemon.
-
-Before that the daemon and small clients work under the hardening of their units, put on as hardening.py beside this
-does, and one of them breaks the context that they share. Needs root, and neither systemd nor a network.
+answered; the one with a pipeline has two. In between the daemon is killed, as systemd would have it die. Fails if 4 by
+MPS are not 3.9 times one, or if somebody was no client of the daemon. mps_sandboxed.py beside this has the sandbox of
+the units, and a context that breaks.
 """
 
 from __future__ import annotations
@@ -31,11 +29,10 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import hardening
 from stock_server import CHECKOUT, FROM_THIS_MACHINE, TEXT, Server, gpu_memory_bytes
 
 from chatterbox_deploy import profile
@@ -44,10 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 FIRST_PORT = 7100
-COUNTS = (8, 4, 2, 1)
-"""From many to few: each next one is what is left after some have ended."""
+TURNS = {8: 20.0, 4: 20.0, 2: 20.0, 1: 40.0}
+"""Instances → seconds for which they are watched. From many to few: each next one is what is left after some ended."""
 
-WINDOW_S = 15.0
+BY_MPS = {8: 25.0, 4: 45.0}
+BY_MPS_ANEW = {2: 25.0, 1: 30.0}
+"""After the death of the daemon."""
+
+PIPELINED = {1: 40.0}
 NEEDED = 3.9
 MEASURED_FILE = CHECKOUT / "src/chatterbox_deploy/measured.json"
 
@@ -57,14 +58,16 @@ Unit = dict[str, list[str]]
 # The units, as the kit writes them.
 
 
-def render(count: int, weights: Path, directory: Path, *, mps: bool, cpus: int) -> dict[str, Unit]:
-    """Settings of each unit of a fleet of so many instances on GPU 0, by the unit's name."""
+def render(
+    count: int, weights: Path, directory: Path, *, mps: bool, cpus: int = 0, server: str = ""
+) -> dict[str, Unit]:
+    """Settings of each unit of a fleet of so many instances on GPU 0, by the unit's name; ``server``: of [server]."""
     ports = list(range(FIRST_PORT, FIRST_PORT + count))
     (directory / "fleet.toml").write_text(
         f"[gpus]\n0 = {ports if count > 1 else ports[0]}\n"
         f"[unit]\nmps = {str(mps).lower()}\ncpus_per_instance = {cpus}\n"
         f"[server]\nweights = '{weights}'\npython = '{sys.executable}'\nlongest_utterance_s = 600\n"
-        "check_duration = false\n"
+        f"check_duration = false\n{server}\n"
     )
     shutil.rmtree(directory / "out", ignore_errors=True)
     subprocess.run(
@@ -95,17 +98,19 @@ def environment(unit: Unit) -> dict[str, str]:
 
 
 class Daemon:
-    """The MPS daemon of GPU 0, started as its unit starts it; ``wrap`` comes before its command."""
+    """The MPS daemon of GPU 0, started as its unit starts it; ``wrap`` comes before its command, which is ``uid``'s."""
 
-    def __init__(self, unit: Unit, wrap: Sequence[str] = (), more: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, unit: Unit, wrap: Sequence[str] = (), more: Mapping[str, str] | None = None, uid: int = 0
+    ) -> None:
         self.unit = unit
         self.environment = environment(unit) | dict(more or {})
         self.directory = Path(self.environment["CUDA_MPS_PIPE_DIRECTORY"])
         shutil.rmtree(self.directory, ignore_errors=True)
-        for directory in (self.directory, Path(self.environment["CUDA_MPS_LOG_DIRECTORY"])):
+        self.logs = Path(self.environment["CUDA_MPS_LOG_DIRECTORY"])
+        for directory in (self.directory, self.logs):
             directory.mkdir(mode=0o700)
-            if wrap:
-                os.chown(directory, hardening.free_uid(), hardening.free_uid())
+            os.chown(directory, uid, uid)
         self.wrap = wrap
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  as long as the daemon
         self.process = subprocess.Popen(
@@ -142,8 +147,10 @@ class Daemon:
         return [int(word) for server in self.servers() for word in self.ask(f"get_client_list {server}")]
 
     def says(self, lines: int) -> str:
+        """The end of what it printed, and of each of its logs."""
         self.log.seek(0)
-        return "\n".join(self.log.read().decode(errors="replace").splitlines()[-lines:])
+        told = [self.log.read(), *(path.read_bytes() for path in sorted(self.logs.glob("*.log")))]
+        return "\n".join(line for each in told for line in each.decode(errors="replace").splitlines()[-lines:])
 
     def end(self) -> None:
         """Ends it and its servers, also when it is dead already."""
@@ -168,7 +175,7 @@ class Daemon:
 
 @dataclass
 class Instance:
-    """A server, and the one client that never lets it rest."""
+    """A server, and the clients that never let it rest."""
 
     name: str
     port: int
@@ -177,7 +184,7 @@ class Instance:
     """Begin and end of each request that was answered, and the seconds of sound that it got."""
 
     resting: threading.Event = field(default_factory=threading.Event)
-    client: threading.Thread | None = None
+    clients: list[threading.Thread] = field(default_factory=list)
 
     def speak(self, seed: int = 0, timeout_s: float = 300) -> tuple[int, float]:
         """Status (0: no answer) and seconds of sound."""
@@ -193,7 +200,7 @@ class Instance:
         except OSError:
             return 0, 0.0
 
-    def keep_busy(self) -> None:
+    def keep_busy(self, clients: int) -> None:
         def ask() -> None:
             while not self.resting.is_set():
                 begin = time.monotonic()
@@ -202,8 +209,15 @@ class Instance:
                     break
                 self.asked.append((begin, time.monotonic(), audio_s))
 
-        self.client = threading.Thread(target=ask)
-        self.client.start()
+        self.clients = [threading.Thread(target=ask) for _ in range(clients)]
+        for client in self.clients:
+            client.start()
+
+    def rest(self) -> None:
+        """Once all its clients were answered."""
+        self.resting.set()
+        for client in self.clients:
+            client.join()
 
     def cpu_s(self) -> float:
         """CPU seconds so far of all its threads."""
@@ -241,8 +255,7 @@ def stop(instances: Sequence[Instance]) -> None:
     for instance in instances:
         instance.resting.set()
     for instance in instances:
-        if instance.client is not None:
-            instance.client.join()
+        instance.rest()
     for instance in instances:
         with suppress(subprocess.TimeoutExpired):
             instance.server.end()
@@ -253,7 +266,9 @@ def stop(instances: Sequence[Instance]) -> None:
 @dataclass(frozen=True)
 class Row:
     replicas: int
-    mps: bool
+    how: str
+    """``-``, ``turns``, ``MPS`` or ``pipeline``."""
+
     audio_s_per_s: float
     p50_s: float
     p95_s: float
@@ -262,15 +277,14 @@ class Row:
     cores: float
 
     def show(self, one: Row) -> str:
-        how = "-" if self.replicas == 1 else "MPS" if self.mps else "turns"
         return (
-            f"{self.replicas:>9}  {how:<5} {self.audio_s_per_s:9.2f} {self.audio_s_per_s / one.audio_s_per_s:6.2f} x "
-            f"{self.p50_s:7.2f} {self.p95_s:7.2f} {self.requests:9} {self.gpu_bytes / 2**30:9.2f} {self.cores:6.2f}"
+            f"{self.replicas:>9}  {self.how:<8} {self.audio_s_per_s:9.2f} "
+            f"{self.audio_s_per_s / one.audio_s_per_s:6.2f} x {self.p50_s:7.2f} {self.p95_s:7.2f} {self.requests:9} {self.gpu_bytes / 2**30:9.2f} {self.cores:6.2f}"
         )
 
 
 HEADING = (
-    f"{'instances':>9}  {'share':<5} {'audio s/s':>9} {'gain':>8} {'p50 s':>7} {'p95 s':>7} {'requests':>9} "
+    f"{'instances':>9}  {'share':<8} {'audio s/s':>9} {'gain':>8} {'p50 s':>7} {'p95 s':>7} {'requests':>9} "
     f"{'GPU GiB':>9} {'cores':>6}"
 )
 
@@ -280,7 +294,7 @@ class Window:
     """A while in which these instances spoke; the requests at its ends may still have to be answered."""
 
     instances: list[Instance]
-    mps: bool
+    how: str
     begin: float
     end: float
     cores: float
@@ -295,7 +309,7 @@ class Window:
         took_s = sorted(end - begin for begin, end, _ in met)
         return Row(
             replicas=len(self.instances),
-            mps=self.mps,
+            how=self.how,
             audio_s_per_s=audio_s / (self.end - self.begin),
             p50_s=statistics.median(took_s),
             p95_s=took_s[min(len(took_s) - 1, round(0.95 * len(took_s)))],
@@ -305,33 +319,42 @@ class Window:
         )
 
 
-def watch(instances: Sequence[Instance], others: Sequence[int], *, mps: bool, idle_bytes: int) -> Window:
+def watch(
+    instances: Sequence[Instance], window_s: float, others: Sequence[int], *, how: str, idle_bytes: int
+) -> Window:
     """Looks on while all speak, from when each was answered once; ``others`` are more processes whose CPU counts."""
     while not all(instance.asked for instance in instances):
-        assert all(instance.client is not None and instance.client.is_alive() for instance in instances), "no 200"
+        assert all(client.is_alive() for instance in instances for client in instance.clients), "no 200"
         time.sleep(0.1)
     longest_s = max(end - begin for instance in instances for begin, end, _ in instance.asked[-1:])
     pids = [*(instance.server.process.pid for instance in instances), *others]
     begin, before = time.monotonic(), sum(map(cpu_s, pids))
-    time.sleep(max(WINDOW_S, 1.5 * longest_s))
+    time.sleep(max(window_s, 1.5 * longest_s))
     end, used = time.monotonic(), sum(map(cpu_s, pids)) - before
-    return Window(list(instances), mps, begin, end, used / (end - begin), gpu_memory_bytes() - idle_bytes)
+    return Window(list(instances), how, begin, end, used / (end - begin), gpu_memory_bytes() - idle_bytes)
 
 
-def measure(instances: list[Instance], counts: Sequence[int], others: Sequence[int], **how: Any) -> list[Row]:
-    """A row for each count, from many to few; the instances of the last count still speak."""
+def measure(
+    instances: list[Instance],
+    windows_s: Mapping[int, float],
+    others: Sequence[int] = (),
+    *,
+    clients: int = 1,
+    **how: Any,
+) -> list[Row]:
+    """A row for each count of ``windows_s``, in their order; the instances of the last count live on, and rest."""
     for instance in instances:
-        instance.keep_busy()
+        instance.keep_busy(clients)
     windows: list[Window] = []
-    for count in counts:
+    for count, window_s in windows_s.items():
         stop(instances[count:])
         del instances[count:]
-        windows.append(watch(instances, others, **how))
+        windows.append(watch(instances, window_s, others, **how))
     for instance in instances:
-        instance.resting.set()
-        assert instance.client is not None
-        instance.client.join()
-    return [each.row() for each in windows]
+        instance.rest()
+    rows = [each.row() for each in windows]
+    # A single one takes no turns.
+    return [replace(row, how="-") if row.replicas == 1 and row.how == "turns" else row for row in rows]
 
 
 # What becomes of the clients when the daemon dies.
@@ -341,7 +364,7 @@ PATIENCE_S = 40.0
 """A hung one would be killed by systemd after unit.watchdog_s, 30."""
 
 
-def kill_daemon(daemon: Daemon, instances: Sequence[Instance], units: Mapping[str, Unit], directory: Path) -> None:
+def kill_daemon(daemon: Daemon, instances: Sequence[Instance]) -> None:
     busy, idle = instances
     answer: list[tuple[int, float]] = []
     asking = threading.Thread(target=lambda: answer.append(busy.speak(timeout_s=PATIENCE_S)))
@@ -368,20 +391,6 @@ def kill_daemon(daemon: Daemon, instances: Sequence[Instance], units: Mapping[st
     )
     status, _ = idle.speak(timeout_s=PATIENCE_S)
     print(f"; asked to speak: status {status or 'none'}; exit status {wait(idle, 20)}")
-    for each in instances:
-        each.server.process.kill()
-    daemon.end()
-    begin = time.monotonic()
-    again = Daemon(daemon.unit)
-    try:
-        fresh = start(units, directory, again.clients_file())
-        status, audio_s = fresh[0].speak()
-        print(f"  daemon and clients started anew: they speak after {time.monotonic() - begin:.1f} s, status {status}")
-        assert status == 200
-        assert audio_s > 0
-        stop(fresh)
-    finally:
-        again.end()
 
 
 def wait(instance: Instance, timeout_s: float) -> int | None:
@@ -392,119 +401,13 @@ def wait(instance: Instance, timeout_s: float) -> int | None:
         return None
 
 
-# Small clients, under the hardening of the units.
-
-CLIENT = """
-import sys, torch
-print(torch.cuda.device_count(), torch.ones(8, device="cuda").sum().item(), flush=True)
-for line in sys.stdin:
-    try:
-        if line.strip() == "break":
-            torch.zeros(10, device="cuda")[torch.full((4,), 1000, device="cuda")].sum().item()
-        left = torch.rand(256, 256, device="cuda")
-        print("works" if (left @ left).sum().isfinite().item() else "computes nonsense", flush=True)
-    except Exception as error:
-        print(str(error).splitlines()[0], flush=True)
-"""
-
-
-ANSWER_S = 15.0
-START_S = 60.0
-"""For the first words: torch is imported, perhaps from a cold disk."""
-
-
-class Client:
-    def __init__(self, wrap: Sequence[str], told: Mapping[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [*wrap, sys.executable, "-c", CLIENT], env=dict(told), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def read(self, timeout_s: float = START_S) -> str:
-        """The next line; why it ended, if it did."""
-        stdout, stderr = self.process.stdout, self.process.stderr
-        assert stdout is not None
-        assert stderr is not None
-        lines: list[str] = []
-        reading = threading.Thread(target=lambda: lines.append(stdout.readline()), daemon=True)
-        reading.start()
-        reading.join(timeout_s)
-        if not lines:
-            return f"no answer within {timeout_s:.0f} s"
-        return lines[0].strip() or (stderr.read().strip().splitlines() or ["nothing"])[-1]
-
-    def tell(self, word: str) -> str:
-        assert self.process.stdin is not None
-        with suppress(OSError):
-            self.process.stdin.write(f"{word}\n")
-            self.process.stdin.flush()
-        return self.read(ANSWER_S)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
-def lines_of(unit: Unit) -> list[str]:
-    return [f"{key}={value}" for key, values in unit.items() for value in values if key in hardening.SETTINGS] + [
-        f"{key}={value}" for key in ("DeviceAllow", "AmbientCapabilities") for value in unit.get(key, [])
-    ]
-
-
-@contextmanager
-def hardened(units: Mapping[str, Unit]) -> Iterator[tuple[Daemon, list[str], dict[str, str]]]:
-    """The daemon under the settings of its unit; how to start a client under those of its own, and what it is told."""
-    script = [sys.executable, str(CHECKOUT / "scripts/gpu/hardening.py")]
-    pipes = environment(units["mps-gpu0"])["CUDA_MPS_PIPE_DIRECTORY"]
-    client = next(unit for name, unit in units.items() if name.startswith("gpu0"))
-    with tempfile.TemporaryDirectory(dir="/opt", prefix="replicas-") as own:
-        Path(own).chmod(0o777)
-        daemon = Daemon(
-            units["mps-gpu0"],
-            [*script, f"own={pipes}", *lines_of(units["mps-gpu0"]), "--"],
-            {"HOME": own},
-        )
-        wrap = [*script, f"own={own}", f"own={pipes}", *lines_of(client), "--"]
-        caches = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR"), own)
-        try:
-            yield daemon, wrap, environment(client) | daemon.clients_file() | caches
-        finally:
-            daemon.end()
-
-
-def under_hardening(units: Mapping[str, Unit]) -> bool:
-    """Whether MPS works under the settings of both units; tells what one broken context does to the others."""
-    with hardened(units) as (daemon, wrap, told):
-        clients = [Client(wrap, told) for _ in range(2)]
-        greetings = [client.read() for client in clients]
-        pids = daemon.clients()
-        print(
-            f"under the units' hardening, user {hardening.free_uid()}: two clients each see GPUs and sum: {greetings}"
-        )
-        print(f"  {told['CUDA_VISIBLE_DEVICES']}; the daemon counts {len(pids)} clients; they compute: "
-              f"{[client.tell('compute') for client in clients]}")  # fmt: skip
-        if len(pids) != 2:
-            print(daemon.says(12))
-        print(f"  one breaks its context: {clients[0].tell('break')}")
-        print(f"  the other, which did nothing: {clients[1].tell('compute')}")
-        clients[0].end()
-        late = Client(wrap, told)
-        print(f"  a new one, while the other lives: {late.read()}")
-        for client in (clients[1], late):
-            client.end()
-        after = Client(wrap, told)
-        print(f"  a new one, once all are gone: {after.read()}\n")
-        after.end()
-        return len(pids) == 2
-
-
 # All of it.
 
 
 def write_profile(path: Path, rows: Sequence[Row], machine: str, *, built_in: bool) -> None:
     """For `chatterbox-deploy advise`; T3's share, which is not measured here, is kept."""
     known = profile.built_in()
-    one = next(row for row in rows if row.replicas == 1)
+    one = next(row for row in rows if row.how == "-")
     made = profile.Profile(
         model="chatterbox",
         machine=machine,
@@ -513,7 +416,10 @@ def write_profile(path: Path, rows: Sequence[Row], machine: str, *, built_in: bo
         t3_share=known["chatterbox"].t3_share,
         points=tuple(
             profile.Point(
-                replicas=row.replicas, mps=row.mps, audio_s_per_s=round(row.audio_s_per_s, 2), cores=round(row.cores, 2)
+                replicas=row.replicas,
+                mps=row.how == "MPS",
+                audio_s_per_s=round(row.audio_s_per_s, 2),
+                cores=round(row.cores, 2),
             )
             for row in rows
         ),
@@ -523,6 +429,20 @@ def write_profile(path: Path, rows: Sequence[Row], machine: str, *, built_in: bo
     path.write_text(json.dumps(whole, indent=2) + "\n")
 
 
+@contextmanager
+def sharing(units: Mapping[str, Unit], directory: Path) -> Iterator[tuple[Daemon, list[Instance]]]:
+    """A daemon and its clients."""
+    daemon = Daemon(units["mps-gpu0"])
+    instances: list[Instance] = []
+    try:
+        instances += start(units, directory, daemon.clients_file())
+        yield daemon, instances
+    finally:
+        for instance in instances:
+            instance.server.process.kill()
+        daemon.end()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", type=Path, help="write what was measured there")
@@ -530,6 +450,7 @@ def main() -> None:
         "--built-in", action="store_true", help=f"write it to {MEASURED_FILE.name}, which the kit reads"
     )
     parser.add_argument("--cpus-per-instance", type=int, default=0, help="as [unit] cpus_per_instance")
+    parser.add_argument("--weights", type=Path, help="what scripts/tiny_model.py wrote; else it writes now")
     asked = parser.parse_args()
     gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "--id=0"],
                          capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
@@ -539,63 +460,74 @@ def main() -> None:
     idle_bytes = gpu_memory_bytes()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        weights = directory / "weights"
-        writing = subprocess.Popen(
-            [sys.executable, CHECKOUT / "scripts/tiny_model.py", "full", weights, "--kind", "chatterbox",
-             "--eos-per-text", "1.7"], stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        weights = asked.weights or directory / "weights"
+        if asked.weights is None:
+            write_weights(weights)
 
-        def units(count: int, *, mps: bool) -> dict[str, Unit]:
-            return render(count, weights, directory, mps=mps, cpus=asked.cpus_per_instance)
+        def units(count: int, *, mps: bool = False, server: str = "") -> dict[str, Unit]:
+            return render(count, weights, directory, mps=mps, cpus=asked.cpus_per_instance, server=server)
 
-        try:
-            holds = under_hardening(units(2, mps=True))
-        except (OSError, subprocess.SubprocessError) as error:
-            # What costs more time is still worth measuring.
-            print(f"under the units' hardening: {error}\n")
-            holds = False
-        status = writing.wait()
-        assert status == 0
-        sys.stdout.flush()
-        rows = take_turns(units(8, mps=False), directory, idle_bytes)
+        print(HEADING, flush=True)
+        rows = measure_started(units(8), directory, TURNS, how="turns", idle_bytes=idle_bytes)
         one = rows[-1]
-        print(HEADING)
-        for each in reversed(rows):
-            print(each.show(one), flush=True)
-        shared = units(8, mps=True)
-        daemon = Daemon(shared["mps-gpu0"])
-        instances: list[Instance] = []
-        try:
-            instances = start(shared, directory, daemon.clients_file())
+        show(rows, one)
+        pipelined = measure_started(
+            units(1, server="pipeline = 'on'"), directory, PIPELINED, clients=2, how="pipeline", idle_bytes=idle_bytes
+        )
+        show(pipelined, one)
+        with sharing(units(8, mps=True), directory) as (daemon, instances):
             clients = daemon.clients()
-            by_mps = measure(instances, COUNTS[:-1], daemon.servers(), mps=True, idle_bytes=idle_bytes)
-            for each in reversed(by_mps):
-                print(each.show(one), flush=True)
+            by_mps = measure(instances, BY_MPS, daemon.servers(), how="MPS", idle_bytes=idle_bytes)
+            show(by_mps, one)
             print(f"\nof 8 instances {len(clients)} were clients of the daemon; its server used "
                   f"{sum(map(cpu_s, daemon.servers())):.1f} s of CPU")  # fmt: skip
-            kill_daemon(daemon, instances, units(2, mps=True), directory)
-        finally:
-            for instance in instances:
-                instance.server.process.kill()
-            daemon.end()
-    rows += by_mps
+            stop(instances[2:])
+            kill_daemon(daemon, instances[:2])
+        anew_s = time.monotonic()
+        with sharing(units(2, mps=True), directory) as (daemon, instances):
+            status, _ = instances[0].speak()
+            print(f"  daemon and clients started anew: status {status} after {time.monotonic() - anew_s:.1f} s\n")
+            again = measure(instances, BY_MPS_ANEW, daemon.servers(), how="MPS", idle_bytes=idle_bytes)
+            print(HEADING)
+            show(again, one)
+            stop(instances)
     for path in filter(None, [asked.profile, MEASURED_FILE if asked.built_in else None]):
-        write_profile(path, rows[::-1], f"{gpu}, {os.cpu_count()} cores", built_in=path == MEASURED_FILE)
-    gain = next(row for row in by_mps if row.replicas == 4).audio_s_per_s / one.audio_s_per_s
-    good = gain >= NEEDED and len(clients) == 8 and holds
-    print(f"\n4 by MPS are {gain:.2f} x one, {NEEDED} x are needed: {'good' if good else 'NOT GOOD'}; "
-          f"{time.monotonic() - begun_s:.0f} s in all")  # fmt: skip
+        measured = [*rows[::-1], *again[::-1], *by_mps[::-1]]
+        write_profile(path, measured, f"{gpu}, {os.cpu_count()} cores", built_in=path == MEASURED_FILE)
+    four, alone = by_mps[-1].audio_s_per_s, again[-1].audio_s_per_s
+    good = four / one.audio_s_per_s >= NEEDED and len(clients) == 8
+    print(f"\n4 by MPS are {four / one.audio_s_per_s:.2f} x one without a daemon, {four / alone:.2f} x one with; {NEEDED} x "
+          f"are needed: {'good' if good else 'NOT GOOD'}; {time.monotonic() - begun_s:.0f} s in all")  # fmt: skip
+    print(NOTES)
     sys.exit(0 if good else 1)
 
 
-def take_turns(units: Mapping[str, Unit], directory: Path, idle_bytes: int) -> list[Row]:
-    """Rows of instances without MPS, from many to one."""
+NOTES = """
+Gain: over the first row. p50, p95: seconds until a request was answered. Requests: those that the window met, in part
+or whole. GPU: the driver's count over an idle card. Cores: CPU seconds per second of the servers and the MPS server."""
+
+
+def write_weights(place: Path) -> None:
+    subprocess.run(
+        [sys.executable, CHECKOUT / "scripts/tiny_model.py", "full", place, "--kind", "chatterbox", "--eos-per-text",
+         "1.7"], stdout=subprocess.DEVNULL, check=True,
+    )  # fmt: skip
+
+
+def show(rows: Sequence[Row], one: Row) -> None:
+    for row in reversed(rows):
+        print(row.show(one), flush=True)
+
+
+def measure_started(
+    units: Mapping[str, Unit], directory: Path, windows_s: Mapping[int, float], **how: Any
+) -> list[Row]:
+    """Rows of instances without a daemon, from many to few."""
     instances = start(units, directory, {})
     try:
-        rows = measure(instances, COUNTS, (), mps=False, idle_bytes=idle_bytes)
+        return measure(instances, windows_s, **how)
     finally:
         stop(instances)
-    return rows
 
 
 if __name__ == "__main__":

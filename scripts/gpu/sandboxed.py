@@ -52,7 +52,7 @@ ONLY_SYSTEMD = {
     "RuntimeDirectory": "made before the process starts",
     "RuntimeDirectoryMode": "made before the process starts",
     "RuntimeDirectoryPreserve": "kept after it ended",
-    "ReadWritePaths": "the pipes of an MPS daemon; replicas.py beside this tries it with one",
+    "ReadWritePaths": "the pipes of an MPS daemon; mps_sandboxed.py beside this tries it with one",
     "RemoveIPC": "cleans up after the process ended",
     "LoadCredential": "read by systemd before the process starts",
     "IPAddressDeny": "a BPF program of the control group",
