@@ -131,6 +131,9 @@ class ScriptedHost(LocalHost):
         self.refuses: dict[str, str] = {}
         """Words in a text that ``systemd-analyze verify`` or ``nginx -t`` refuses → what it says of them."""
 
+        self.nginx_fails: dict[str, str] = {}
+        """What nginx says, whatever our front is, when it is asked to ``test`` or to ``reload`` its files."""
+
         self.strangers: set[int] = set()
         """Ports on which programs listen that are none of ours."""
 
@@ -145,6 +148,7 @@ class ScriptedHost(LocalHost):
         self._tested: set[str] = set()
         self._promise = _Promise(None, frozenset(), 1, somebody=False)
         self._served: set[str] = set()
+        self.place("/usr/sbin/nginx")
         self._changes_left: int | None = None
         self._dead = False
 
@@ -244,7 +248,7 @@ class ScriptedHost(LocalHost):
             raise CommandFailed(msg)
         return ran
 
-    def _answer(self, argv: Sequence[str]) -> Ran:
+    def _answer(self, argv: Sequence[str]) -> Ran:  # noqa: PLR0911  one for each program
         match argv:
             case ["systemctl", verb, *rest]:
                 return self._systemctl(verb, rest)
@@ -252,6 +256,9 @@ class ScriptedHost(LocalHost):
                 return self._verify(paths)
             case ["nginx", "-t"]:
                 return self._test_front()
+            case ["ss", "-Hltnp", port]:
+                taken = int(port.rpartition(":")[2]) in self.strangers
+                return Ran(0, 'LISTEN 0 5 *:6095 *:* users:(("python3",pid=812,fd=3))\n' if taken else "")
             case ["journalctl", *_]:
                 return Ran(0, "its last words\n")
             case ["rmdir", "--ignore-fail-on-non-empty", path]:
@@ -573,6 +580,8 @@ class ScriptedHost(LocalHost):
     # nginx
 
     def _test_front(self) -> Ran:
+        if "test" in self.nginx_fails:
+            return Ran(1, stderr=self.nginx_fails["test"])
         text = self._front_on_disk()
         refused = [says for word, says in self.refuses.items() if word in (text or "")]
         if refused:
@@ -587,6 +596,8 @@ class ScriptedHost(LocalHost):
         text = self._front_on_disk()
         if text is not None and text not in self._tested:
             self._object("nginx is told to reload a front that nginx -t never passed")
+        if "reload" in self.nginx_fails:
+            return Ran(1, stderr=self.nginx_fails["reload"])
         with self._change(f"nginx serves {_summary(text)}"):
             self._serve_front()
         deaf = self._up() - {unit.address for unit in self._units.values() if self._listens(unit)}
