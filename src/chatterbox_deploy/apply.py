@@ -120,17 +120,26 @@ def _verify(files: Sequence[RenderedFile], host: Host) -> None:
 
 def _show(step: ShowFront, host: Host) -> None:
     host.write_files([step.change.file])
-    tested = host.run(("nginx", "-t"), timeout_s=COMMAND_TIMEOUT_S, check=False)
-    if tested.status != 0:
+    try:
+        _test_front(host)
+        workers = _nginx_workers(host)
+        host.run(("systemctl", "reload-or-restart", systemd.NGINX_UNIT), timeout_s=COMMAND_TIMEOUT_S)
+        _wait_for_new_workers(workers, host, grace_s=GRACE_S if _takes_somebody_out(step) else 0.0)
+    except CommandFailed:
+        # What nginx does not take must not lie there at its next start, which would fail for every site.
         if step.change.before is None:
             host.remove(step.change.file.path)
         else:
             host.write_files([RenderedFile(step.change.file.path, step.change.before, step.change.file.mode)])
+        raise
+
+
+def _test_front(host: Host) -> None:
+    """Have nginx read its files, ours and those of others."""
+    tested = host.run(("nginx", "-t"), timeout_s=COMMAND_TIMEOUT_S, check=False)
+    if tested.status != 0:
         msg = f"cannot use a front that nginx refuses; it was put back:\n  {tested.stderr.strip()}"
         raise CommandFailed(msg)
-    workers = _nginx_workers(host)
-    host.run(("systemctl", "reload-or-restart", systemd.NGINX_UNIT), timeout_s=COMMAND_TIMEOUT_S)
-    _wait_for_new_workers(workers, host, grace_s=GRACE_S if _takes_somebody_out(step) else 0.0)
 
 
 def _takes_somebody_out(step: ShowFront) -> bool:

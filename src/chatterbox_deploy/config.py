@@ -415,8 +415,12 @@ def _gpu_conflicts(config: FleetConfig) -> list[str]:
     for key in config.gpus:
         for gpu in key.split(","):
             if gpu in gpu_owner:
-                hint = "" if gpu_owner[gpu] == key else "; to share a GPU give it a list of ports"
-                problems.append(f"gpus.{key}: GPU {gpu} is already used by gpus.{gpu_owner[gpu]}{hint}")
+                problems.append(
+                    f"gpus.{key}: GPU {gpu} is named twice"
+                    if gpu_owner[gpu] == key
+                    else f"gpus.{key}: GPU {gpu} is already used by gpus.{gpu_owner[gpu]}; "
+                    "to share a GPU give it a list of ports"
+                )
             gpu_owner.setdefault(gpu, key)
         problems.extend(_pair_conflicts(key))
     return problems
@@ -590,6 +594,8 @@ def _field_problem(detail: dict[str, Any]) -> str:
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     if detail["type"] == "missing":
         return f"{key}: missing; for one server on GPU 0 write\n    [{key}]\n    0 = 6093"
+    if key == "gpus" and detail["type"] == "too_short":
+        return "gpus: empty; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"
     message = "should be a table" if detail["type"] in {"dict_type", "model_type"} else str(detail["msg"])
     return f"{key}: {message[:1].lower()}{message[1:]}, got {_shortened(detail['input'])}"
 

@@ -85,9 +85,14 @@ def carry_out(host: Host, proposal: Proposal, author: Author, progress: Progress
         WentBack: a step failed, and the host is again what it was.
         CommandFailed: a step failed, and there was nothing to go back to, or going back failed, too.
     """
+    if any(isinstance(step, ShowFront) for step in proposal.plan.steps):
+        _refuse_where_nginx_does(host)
     begin(host, author, proposal.plan.steps, goal=proposal.blueprint.number)
     try:
         apply.carry_out(proposal.plan.steps, host, progress(len(proposal.plan.steps)))
+    except KeyboardInterrupt:
+        log(host, author, "interrupted")
+        raise
     except CommandFailed as error:
         log(host, author, f"failed: {error}")
         raise _gone_back(host, proposal.state, author, error, progress) if goes_back else error from None
@@ -113,6 +118,22 @@ def begin(
     ledger.begin(host, Begun(author.command, written, None if link is None else str(link), goal, drained))
     log(host, author, "begun")
     _tidy(host)
+
+
+def _refuse_where_nginx_does(host: Host) -> None:
+    """What nginx refuses of others' files it would refuse of every front: nothing is begun then.
+
+    Raises:
+        CommandFailed: it refuses what is there, and not for our front.
+    """
+    said = host.run(("nginx", "-t"), timeout_s=apply.COMMAND_TIMEOUT_S, check=False)
+    if said.status == 0:
+        return
+    ours = (host.read_bytes(render.FRONT_PATH) or b"").decode(errors="replace")
+    blamed = [str(render.FRONT_PATH), *re.findall(r'"(/[^"]+)"', ours)]
+    if not any(path in said.stderr for path in blamed):
+        msg = f"cannot begin: nginx refuses its files, and not for ours; nothing was changed:\n  {said.stderr.strip()}"
+        raise CommandFailed(msg)
 
 
 def log(host: Host, author: Author, result: str) -> None:
@@ -166,12 +187,12 @@ def _gone_back(
         back = _propose(host, of_revision(host, kept), replace(remembered, keys={}), last=lame)
         if back.plan.problems:
             log(host, author, f"cannot {what}: {'; '.join(back.plan.problems)}")
-            return CommandFailed(f"{error}\nand cannot {what}: {'; '.join(back.plan.problems)}")
+            return CommandFailed(f"{error}\nand cannot {what}: {'; '.join(back.plan.problems)}; {advice(host)}")
         begin(host, author, back.plan.steps, goal=kept.number)
         apply.carry_out(back.plan.steps, host, progress(len(back.plan.steps), f"going back to revision {kept.number}"))
     except DeployError as second:
         log(host, author, f"cannot {what}: {second}")
-        return CommandFailed(f"{error}\nand cannot {what}: {second}")
+        return CommandFailed(f"{error}\nand cannot {what}: {second}\n{advice(host)}")
     _remember(host, back, author, remembered.keys)
     log(host, author, f"went back to revision {kept.number}")
     return WentBack(f"{error}\nwent back to revision {kept.number}, which serves as before")
@@ -190,7 +211,10 @@ def _remember(host: Host, proposal: Proposal, author: Author, keys: Mapping[str,
             current=number,
             files=files | front_digest(host),
             keys=keys,
-            drained=tuple(name for name in remembered.drained if name in names),
+            # On the way back nobody takes back his word; in a new fleet file who is gone is gone.
+            drained=tuple(
+                name for name in remembered.drained if name in names or proposal.blueprint.number is not None
+            ),
         ),
     )
     return number

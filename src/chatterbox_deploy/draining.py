@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from chatterbox_deploy.steps import Step
 
 
-def drain(host: Host, names: Collection[str], author: Author, progress: Progress, *, drained: bool) -> None:
+def drain(
+    host: Host, names: Collection[str], author: Author, progress: Progress, *, drained: bool, force: bool = False
+) -> None:
     """Take instances out of the front and wait until they are idle, or put them back. ``ledger.lock`` is held.
 
     Raises:
-        CommandFailed: nothing was applied here, another change did not end, or nginx refuses.
+        CommandFailed: nothing was applied here, another change did not end, the front was edited by hand, nginx
+            refuses, or (without ``force``) nobody else would be in service.
     """
     wanted = blueprint.want(blueprint.current(host))
     remembered = ledger.read(host)
@@ -35,9 +38,15 @@ def drain(host: Host, names: Collection[str], author: Author, progress: Progress
     if not render.is_ours(before):
         msg = f"cannot find our front at {path}: `chatterbox-deploy apply` writes it"
         raise CommandFailed(msg)
+    if remembered.wrote(path, before) is False:
+        msg = f"cannot change {path}, edited by hand: `chatterbox-deploy plan` shows how, `apply` writes it anew"
+        raise CommandFailed(msg)
     so_far = set(remembered.drained if begun is None or begun.drained is None else begun.drained)
     out = sorted(so_far | set(names) if drained else so_far - set(names))
     upstreams = [replace(upstream, drained=upstream.name in out) for upstream in nginx.find_upstreams(before)]
+    if drained and not force and all(upstream.drained or upstream.leaving for upstream in upstreams):
+        msg = f"cannot drain {', '.join(names)}: nobody else is in service, and requests would get 503; --force does it"
+        raise CommandFailed(msg)
     service = wanted.fleet.service
     text = wanted.front(upstreams)
     steps: list[Step] = []

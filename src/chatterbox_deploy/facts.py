@@ -107,6 +107,9 @@ class HostState:
     listening: frozenset[int] = frozenset()
     """TCP ports on which something listens."""
 
+    strangers: Mapping[int, str] = field(default_factory=dict)
+    """Programs other than nginx that listen on ports of the wanted front, by port."""
+
     edited: frozenset[PurePosixPath] = frozenset()
     """Files of ours that somebody changed by hand."""
 
@@ -117,7 +120,7 @@ class HostState:
     """Files of API keys whose content is not what was last applied."""
 
     missing: frozenset[str] = frozenset()
-    """Files that the wanted fleet needs and that are not there: keys, certificates, programs."""
+    """What the wanted fleet needs and is not there: files (keys, certificates, programs), or programs by name."""
 
     drained: frozenset[str] = frozenset()
     """Instances that an operator took out of the front (``drain``)."""

@@ -32,5 +32,10 @@ def propose(host: LocalHost, root: Path, asked: Blueprint) -> Proposal:
     steps += [RemoveFile(path, on_disk[path]) for path in found.stale]
     if host.read_link(systemd.STARTS_AT_BOOT) is None:
         steps.append(Run(("systemctl", f"--root={root}", "enable", systemd.TARGET), "the fleet starts at boot"))
-    made = Plan(tuple(steps), problems=tuple(plan.foreign(path) for path in found.foreign))
+    notes = [
+        f"{path} is not in the image yet; the fleet needs it"
+        for path in observe.needs(wanted.fleet)
+        if not observe.exists(host, path)
+    ]
+    made = Plan(tuple(steps), notes=tuple(notes), problems=tuple(plan.foreign(path) for path in found.foreign))
     return Proposal(asked, wanted, HostState(files=on_disk), made)

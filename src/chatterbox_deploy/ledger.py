@@ -155,10 +155,22 @@ def log(host: Host, *, who: str, command: str, result: str) -> None:
 
 
 def revisions(host: Host) -> list[Revision]:
-    """Every revision that is kept, the oldest first."""
-    found = [_load(host, path) for path in host.glob(REVISIONS, "*.json")]
-    kept = [Revision(**_known(Revision, content)) for content in found if content is not None]
-    return sorted(kept, key=lambda each: each.number)
+    """Every revision that is kept, the oldest first; those that cannot be read are left out."""
+    found = (_revision(host, path) for path in host.glob(REVISIONS, "*.json"))
+    return sorted((kept for kept in found if kept is not None), key=lambda each: each.number)
+
+
+def unreadable_revisions(host: Host) -> list[PurePosixPath]:
+    """Files of revisions that somebody damaged."""
+    return [path for path in host.glob(REVISIONS, "*.json") if _revision(host, path) is None]
+
+
+def _revision(host: Host, path: PurePosixPath) -> Revision | None:
+    try:
+        content = _load(host, path)
+        return None if content is None else Revision(**_known(Revision, content))
+    except (CommandFailed, TypeError):
+        return None
 
 
 def find_revision(host: Host, number: int | None) -> Revision | None:

@@ -8,6 +8,10 @@ from chatterbox_deploy.fleet import Upstream
 
 _SERVER = re.compile(r"^ *server (\S+):([0-9]+)([^;]*); # ([a-z0-9-]+)(, leaving)?", re.MULTILINE)
 
+_LISTEN = re.compile(r"^ *listen \S*?([0-9]+)(?: [^;]*)?;", re.MULTILINE)
+
+PROGRAM = "nginx"
+
 MAX_PASSES = 9
 """nginx follows ten internal redirects (``NGX_HTTP_MAX_URI_CHANGES``); the last one is for the error."""
 
@@ -23,6 +27,11 @@ def find_upstreams(front: str) -> tuple[Upstream, ...]:
         Upstream(name, host, int(port), drained=" down" in how and not leaving, leaving=bool(leaving))
         for host, port, how, name, leaving in _SERVER.findall(front)
     )
+
+
+def find_ports(front: str) -> frozenset[int]:
+    """On which it listens."""
+    return frozenset(int(port) for port in _LISTEN.findall(front))
 
 
 def quote(text: str) -> str:

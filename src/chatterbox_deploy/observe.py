@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import gpu, render, systemd
+from chatterbox_deploy import gpu, nginx, render, systemd
+from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.fleet import MPS_PROGRAM
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.host import Host
@@ -64,7 +66,9 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         if (name := systemd.instance_name(unit_name)) is not None
     }
     target = shown.get(systemd.TARGET, {})
-    needed = _needed(fleet) if fleet is not None else ()
+    needed = () if fleet is None else tuple(path for path in needs(fleet) if not exists(host, path))
+    taken = listening(host)
+    absent = () if fleet is None else tuple(name for name in _programs(fleet) if not _is_installed(host, name))
     named = () if fleet is None else fleet.key_files
     keys = {path: digest for path in named if (digest := _key_digest(host, path)) is not None}
     return HostState(
@@ -80,11 +84,12 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         enabled=target.get("UnitFileState") == "enabled",
         active=target.get("ActiveState") == "active",
         timed=shown.get(systemd.RECYCLE_TIMER, {}).get("ActiveState") == "active",
-        listening=listening(host),
+        listening=taken,
+        strangers={} if fleet is None else _strangers(host, _front_ports(fleet) & taken, on_disk),
         edited=frozenset(path for path, text in on_disk.items() if ledger.wrote(path, text) is False),
         keys=keys,
         changed_keys=frozenset(path for path in named if path in ledger.keys and ledger.keys[path] != keys.get(path)),
-        missing=frozenset([*(path for path in needed if not exists(host, path)), *_missing_mps(host, fleet)]),
+        missing=frozenset([*needed, *absent]),
         drained=frozenset(ledger.drained),
         interrupted=None if ledger.begun is None else ledger.begun.command,
         stale=any(unit.get("NeedDaemonReload") == "yes" for unit in shown.values()),
@@ -135,18 +140,40 @@ def cpus(host: Host) -> frozenset[int] | None:
     return frozenset(cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1))
 
 
+def _front_ports(fleet: Fleet) -> frozenset[int]:
+    listens = (fleet.front.listen, fleet.front.http_listen)
+    return frozenset(split_listen(listen)[1] for listen in listens if listen is not None)
+
+
+def _strangers(host: Host, ports: Iterable[int], on_disk: Mapping[PurePosixPath, str]) -> dict[int, str]:
+    """Who but nginx listens on these ports, as far as we may see; a front of ours that listens there is nginx."""
+    ours = nginx.find_ports(on_disk.get(render.FRONT_PATH, ""))
+    found: dict[int, str] = {}
+    for port in sorted(set(ports) - ours):
+        try:
+            said = host.run(("ss", "-Hltnp", f"sport = :{port}"), timeout_s=SHOW_TIMEOUT_S, check=False).stdout
+        except CommandFailed:
+            continue
+        # users:(("python3",pid=812,fd=3)); of the processes of others only root sees the name.
+        names = re.findall(r'\(\("([^"]*)"', said)
+        if names and nginx.PROGRAM not in names:
+            found[port] = names[0]
+    return found
+
+
 PROGRAM_DIRS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 """Where systemd looks for programs (systemd.exec(5), "PATH")."""
 
 
-def _missing_mps(host: Host, fleet: Fleet | None) -> list[str]:
-    if fleet is None or not fleet.mps_daemons:
-        return []
-    there = any(exists(host, f"{directory}/{MPS_PROGRAM}") for directory in PROGRAM_DIRS)
-    return [] if there else [MPS_PROGRAM]
+def _programs(fleet: Fleet) -> tuple[str, ...]:
+    return (nginx.PROGRAM, MPS_PROGRAM) if fleet.mps_daemons else (nginx.PROGRAM,)
 
 
-def _needed(fleet: Fleet) -> list[str]:
+def _is_installed(host: Host, program: str) -> bool:
+    return any(exists(host, f"{directory}/{program}") for directory in PROGRAM_DIRS)
+
+
+def needs(fleet: Fleet) -> list[str]:
     """Files without which nothing would start: keys, certificates, and the programs of the instances."""
     programs = {instance.command[0] for instance in fleet.instances}
     tls = [path for path in (fleet.front.tls_certificate, fleet.front.tls_key) if path is not None]

@@ -102,16 +102,29 @@ def plan(
     return work.plan()
 
 
-def plan_removal(state: HostState, *, keep: Collection[PurePosixPath] = ()) -> Plan:
-    """Steps after which nothing of ours is installed, but for files to ``keep``; voices and weights are not touched."""
-    ours = {path: text for path, text in state.files.items() if render.is_ours(text) and path not in keep}
+def plan_removal(
+    state: HostState, *, keep: Collection[PurePosixPath] = (), edited: Collection[PurePosixPath] = ()
+) -> Plan:
+    """Steps after which nothing of ours is installed, but for files to ``keep``; voices and weights are not touched.
+
+    ``edited`` are ours, too, though somebody took away the line that says so.
+    """
+    ours = {
+        path: text
+        for path, text in state.files.items()
+        if (render.is_ours(text) or path in edited) and path not in keep
+    }
     steps: list[Step] = []
     if render.FRONT_PATH in ours:
         steps.append(RemoveFile(render.FRONT_PATH, ours[render.FRONT_PATH]))
     if render.FRONT_PATH in ours or (state.interrupted and render.FRONT_PATH not in state.files):
         steps.append(FORGET_FRONT)
     running = sorted(name for name, unit in state.instances.items() if unit.has_process or unit.active != "inactive")
-    mine = [name for name in running if _unit_path(name) in ours or _unit_path(name) not in state.files]
+    mine = [
+        name
+        for name in running
+        if _unit_path(name) in ours or _unit_path(name) in keep or _unit_path(name) not in state.files
+    ]
     if state.enabled and render.UNIT_DIR / systemd.TARGET in ours:
         steps.append(Run(("systemctl", "disable", systemd.TARGET), "the fleet no longer starts at boot"))
     failed = [name for name in mine if state.instances[name].active == "failed"]
@@ -173,13 +186,18 @@ def _problems(wanted: Wanted, state: HostState, foreign_files: Iterable[PurePosi
         for name, unit in state.instances.items()
         if unit.running is not None and unit.running.port == front_port
     ]
-    problems += [f"{path}: missing; {_CURES.get(path, 'the fleet needs it')}" for path in sorted(state.missing)]
+    problems += [
+        f"nginx.listen: {program} already listens on port {port}; `ss -tlnp sport = :{port}` shows it"
+        for port, program in sorted(state.strangers.items())
+    ]
+    problems += [f"{name}: missing; {_CURES.get(name, 'the fleet needs it')}" for name in sorted(state.missing)]
     return problems + capacity.problems(wanted.fleet, state.gpus, state.cpus)
 
 
 _CURES = {
+    nginx.PROGRAM: "apt-get install nginx",
     MPS_PROGRAM: "instances that share a GPU need it: on Ubuntu it is in nvidia-compute-utils-VERSION, on Debian in "
-    "nvidia-cuda-mps; or have them take turns, with mps = false below [unit]"
+    "nvidia-cuda-mps; or have them take turns, with mps = false below [unit]",
 }
 
 
@@ -298,7 +316,7 @@ class _Work:
     def _what_changed(self, name: str, running: Mark) -> str:
         before = self.disk.get(self._path(name))
         if before is None or systemd.find_mark(before) != running:
-            return "it runs an older unit"
+            return "it runs another unit"
         settings = systemd.changed_settings(before, self.units[self._path(name)].text)
         shown = ", ".join(settings[:3]) + (" and more" if len(settings) > 3 else "")
         return f"its unit changes: {shown}"

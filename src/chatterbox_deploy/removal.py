@@ -47,14 +47,14 @@ def propose(host: Host, *, purge: bool, force: bool) -> Removal:
     revision = ledger.find_revision(host, remembered.current)
     written = {} if revision is None else revision.files
     edited = [] if force else sorted(state.edited)
-    made = plan.plan_removal(state, keep=edited)
+    made = plan.plan_removal(state, keep=edited, edited=state.edited)
     kept = tuple(Change(render.RenderedFile(path, state.files[path]), written.get(str(path))) for path in edited)
     if purge:
         steps = [*made.steps, *(Purge(path) for path in _written_by_fleets(host, kept) if _is_there(host, path))]
-        if _is_there(host, LINK.parent):
-            steps.append(_LEAVE_OTHERS)
-        # What is remembered goes last: until then, whoever types it again knows what to do.
         if steps or _is_there(host, ledger.DIR):
+            if _is_there(host, LINK.parent):
+                steps.append(_LEAVE_OTHERS)
+            # What is remembered goes last: until then, whoever types it again knows what to do.
             steps.append(Purge(ledger.DIR))
         made = replace(made, steps=tuple(steps))
     return Removal(made, kept)

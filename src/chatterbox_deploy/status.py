@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 APPLY = "chatterbox-deploy apply"
+PLAN = "chatterbox-deploy plan"
 
 PROPERTIES = (
     "Id", "LoadState", "ActiveState", "SubState", "Result", "NRestarts", "MainPID", "InvocationID", "ExecMainStatus",
@@ -359,9 +360,10 @@ class _Seen:
         if unit is not None and unit.load == "masked":
             return [f"masked: systemctl unmask {self.unit_name}"]
         if self._outdated():
-            return [
-                f"runs an older unit: {APPLY}" if unit and unit.active == "active" else f"its unit is older: {APPLY}"
-            ]
+            running = unit is not None and unit.active == "active"
+            return [f"{'runs another unit' if running else 'its unit is another'} than the fleet file asks for: {PLAN}"]
+        if self.path not in self.found.texts or self.found.texts[self.path] is None:
+            return [f"its unit file is missing: {APPLY}"]
         if unit is not None and unit.needs_reload:
             return ["systemd has not read its changed unit: systemctl daemon-reload"]
         return []
@@ -432,7 +434,7 @@ def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: F
     wrong: list[str] = []
     if found.units is None:
         wrong.append("no systemd answers here, so nothing is known of the units")
-    wrong += [f"{path} {how}: {APPLY}" for path, how in _outdated_files(fleet, wanted, found)]
+    wrong += [f"{path} {how}" for path, how in _outdated_files(fleet, wanted, found)]
     if found.units is not None:
         target, front = (found.units.get(name, Unit()) for name in (systemd.TARGET, systemd.NGINX_UNIT))
         if target.load != "not-found" and target.file_state != "enabled":
@@ -464,11 +466,11 @@ def _outdated_files(fleet: Fleet, wanted: Sequence[RenderedFile], found: Found) 
             continue
         text = found.texts[file.path]
         if text is None:
-            outdated.append((file.path, "is missing"))
+            outdated.append((file.path, f"is missing: {APPLY}"))
         elif not render.is_ours(text):
-            outdated.append((file.path, "is not ours; move it away, then"))
+            outdated.append((file.path, f"is not ours; move it away, then: {APPLY}"))
         elif systemd.digest(text) != systemd.digest(file.text):
-            outdated.append((file.path, "is older than the fleet file"))
+            outdated.append((file.path, f"is not as the fleet file asks: {PLAN}"))
     return outdated
 
 

@@ -63,7 +63,7 @@ class Purge:
     path: PurePosixPath
 
     def __str__(self) -> str:
-        return f"remove {self.path} and all that is in it"
+        return f"purge {self.path}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ def test_a_site_that_nginx_refuses_beside_ours_changes_nothing(machine: Sandbox)
 
     machine.run("rm", f"{SITES}/broken.conf")
     assert status == 3
-    assert "cannot use a front that nginx refuses; it was put back" in said
+    assert "cannot begin: nginx refuses its files, and not for ours; nothing was changed" in said
     assert 'unknown directive "no_such_directive" in /etc/nginx/conf.d/broken.conf' in said
     assert [line for line in before if "broken.conf" not in line] == listing(machine)
     assert machine.show(GPU0, "InvocationID") == first

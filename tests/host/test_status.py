@@ -137,7 +137,7 @@ def test_an_older_unit_is_told_until_the_instance_runs_the_new_one(fleet: Sandbo
         fleet.run("systemctl", "daemon-reload")
         fleet.run("systemctl", "restart", unit("gpu0"))
 
-    older = ["runs an older unit: chatterbox-deploy apply"]
+    older = ["runs another unit than the fleet file asks for: chatterbox-deploy plan"]
     assert before == dict.fromkeys(ALL_WELL, older)
     assert after == {"gpu0": [], "gpu1": older, "gpu2": older, "gpu3": older}
     assert wrong(fleet) == ALL_WELL

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ADA = Author("ada", "chatterbox-deploy apply")
 TWO = {"gpus": {"0": 6100, "1": 6101}}
+THREE = {"gpus": {"0": 6100, "1": 6101, "2": 6102}}
 OTHER = {**TWO, "server": {"max_wait_s": 77}}
 THIRD = {**TWO, "server": {"max_wait_s": 78}}
 UNIT0 = PurePosixPath("/etc/systemd/system/chatterbox-tts-gpu0.service")
@@ -61,9 +62,9 @@ def roll_back(host: ScriptedHost) -> int:
     return carry_out(host, deploy.propose(host, blueprint.previous(host)), Author("ada", "chatterbox-deploy rollback"))
 
 
-def drain(host: ScriptedHost, names: Collection[str], *, drained: bool = True) -> None:
+def drain(host: ScriptedHost, names: Collection[str], *, drained: bool = True, force: bool = False) -> None:
     with ledger.lock(host, "drain"):
-        draining.drain(host, names, Author("ada", "chatterbox-deploy drain 0"), untold, drained=drained)
+        draining.drain(host, names, Author("ada", "chatterbox-deploy drain 0"), untold, drained=drained, force=force)
 
 
 def uninstall(host: ScriptedHost, *, purge: bool = False, force: bool = False) -> list[str]:
@@ -134,6 +135,83 @@ def test_a_drain_does_not_begin_where_an_apply_did_not_end(host: ScriptedHost) -
 
     with pytest.raises(CommandFailed, match="`chatterbox-deploy apply` finishes it, `chatterbox-deploy rollback` undo"):
         drain(host, ["gpu0"])
+
+
+def test_the_last_that_speaks_is_drained_only_by_force(host: ScriptedHost) -> None:
+    change(host, TWO)
+    drain(host, ["gpu0"])
+
+    with pytest.raises(CommandFailed, match="cannot drain gpu1: nobody else is in service"):
+        drain(host, ["gpu1"])
+
+    assert host.in_service() == {"gpu1"}
+    drain(host, ["gpu1"], force=True)
+    assert host.in_service() == set()
+
+
+def test_a_drain_does_not_write_over_what_somebody_wrote_into_the_front(host: ScriptedHost) -> None:
+    change(host, TWO)
+    edit(host, render.FRONT_PATH)
+
+    with pytest.raises(CommandFailed, match=r"cannot change .*chatterbox-tts.conf, edited by hand"):
+        drain(host, ["gpu0"])
+
+    assert host.at(render.FRONT_PATH).read_text().endswith("# mine\n")
+
+
+def test_a_drain_outlives_a_rollback_to_a_fleet_without_that_gpu(host: ScriptedHost) -> None:
+    change(host, TWO)
+    change(host, THREE)
+    drain(host, ["gpu2"])
+
+    roll_back(host)
+    change(host, THREE)
+
+    assert host.in_service() == {"gpu0", "gpu1"}
+
+
+# What nginx has to say
+
+
+def test_a_front_that_nginx_does_not_take_does_not_lie_there_at_its_next_start(host: ScriptedHost) -> None:
+    host.nginx_fails = {"reload": "bind() to 127.0.0.1:6095 failed (98: Address already in use)"}
+    with pytest.raises(CommandFailed, match="Address already in use"):
+        change(host, TWO)
+    assert not host.at(render.FRONT_PATH).exists()
+
+    host.nginx_fails = {}
+    change(host, TWO)
+    before = host.at(render.FRONT_PATH).read_text()
+    host.nginx_fails = {"reload": "Job for nginx.service failed"}
+    with pytest.raises(CommandFailed, match=r"(?s)and cannot go back to revision 1.*finishes it"):
+        change(host, {**OTHER, "nginx": {"listen": "127.0.0.1:7000"}})
+    assert host.at(render.FRONT_PATH).read_text() == before
+
+
+def test_where_nginx_refuses_the_files_of_others_nothing_is_begun(host: ScriptedHost) -> None:
+    change(host, TWO)
+    history = list(host.history)
+    host.nginx_fails = {"test": 'nginx: [emerg] unknown directive "nonsense" in /etc/nginx/conf.d/zz.conf:1'}
+
+    with pytest.raises(CommandFailed, match=r"(?s)cannot begin: nginx refuses its files, and not for ours.*zz.conf:1"):
+        change(host, OTHER)
+
+    assert host.history == history
+    assert ledger.read(host).begun is None
+
+
+def test_a_program_on_the_fronts_port_is_named_before_anything_begins(host: ScriptedHost) -> None:
+    host.strangers = {6095}
+
+    assert propose(host, TWO).plan.problems == (
+        "nginx.listen: python3 already listens on port 6095; `ss -tlnp sport = :6095` shows it",
+    )
+
+
+def test_without_nginx_nothing_begins(host: ScriptedHost) -> None:
+    host.at(PurePosixPath("/usr/sbin/nginx")).unlink()
+
+    assert propose(host, TWO).plan.problems == ("nginx: missing; apt-get install nginx",)
 
 
 # Going back
@@ -245,6 +323,16 @@ def test_what_a_newer_version_of_ours_wrote_is_read_for_what_is_known(host: Scri
     assert ledger.read(host).current == 1
 
 
+def test_a_damaged_revision_hides_no_other(host: ScriptedHost) -> None:
+    change(host, TWO)
+    change(host, OTHER)
+    damaged = ledger.REVISIONS / "000001.json"
+    host.place(str(damaged), "{")
+
+    assert [kept.number for kept in ledger.revisions(host)] == [2]
+    assert ledger.unreadable_revisions(host) == [damaged]
+
+
 def test_without_its_revision_a_host_can_still_be_changed(host: ScriptedHost) -> None:
     change(host, TWO)
     host.remove(ledger.REVISIONS)
@@ -281,6 +369,24 @@ def test_an_edited_file_is_kept_by_an_uninstallation_cut_short_anywhere(
 
         host.remove(path)
         uninstall(host, force=True)
+
+
+def test_a_file_of_ours_that_lost_its_first_line_is_kept_and_removed_as_any_that_was_edited(host: ScriptedHost) -> None:
+    change(host, TWO)
+    host.place(str(render.FRONT_PATH), "# mine\n")
+
+    assert [change.file.path for change in removal.propose(host, purge=False, force=False).kept] == [render.FRONT_PATH]
+    assert uninstall(host, force=True) == []
+    assert not host.at(render.FRONT_PATH).exists()
+
+
+def test_whoever_has_a_unit_that_is_kept_is_stopped_by_name(host: ScriptedHost) -> None:
+    change(host, TWO)
+    edit(host, UNIT0)
+
+    assert [name for name, _ in removal.propose(host, purge=False, force=False).plan.reasons] == ["gpu0", "gpu1"]
+    uninstall(host)
+    assert host.instances() == {}
 
 
 def test_a_file_edited_before_an_apply_that_was_cut_short_is_still_an_edited_one(host: ScriptedHost) -> None:
@@ -392,7 +498,10 @@ def test_purged_nothing_of_ours_is_left_however_often_it_is_typed(host: Scripted
 
     for _ in range(2):
         uninstall(host, purge=True)
-        assert host.contents("/etc", "/opt", "/proc", "/run", "/usr", "/var") == {"/usr/local/bin/other": ""}
+        host.place("/opt/chatterbox-tts/mine")
+        assert not removal.propose(host, purge=True, force=False).plan
+        host.remove(PurePosixPath("/opt/chatterbox-tts"))
+        assert host.contents("/etc", "/opt", "/proc", "/run", "/usr/local", "/var") == {"/usr/local/bin/other": ""}
 
 
 def test_an_environment_that_somebody_made_in_the_links_place_stays(host: ScriptedHost) -> None:

@@ -31,7 +31,7 @@ PATH = "should be an absolute path without spaces, '..' or characters special to
 REJECTED = [
     # [gpus]
     ("", ["gpus: missing; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"]),
-    ("[gpus]\n", ["gpus: dictionary should have at least 1 item after validation, not 0, got {}"]),
+    ("[gpus]\n", ["gpus: empty; for one server on GPU 0 write\n    [gpus]\n    0 = 6093"]),
     ("gpus = 6093", ["gpus: should be a table, got 6093"]),
     (ONE_GPU + "[nginx]\nlisten = '[::1%a]:80'", [f"nginx.listen: {LISTEN}, got '[::1%a]:80'"]),
     ("[gpus]\n0 = 80", ["gpus.0: input should be greater than or equal to 1024, got 80"]),
@@ -51,7 +51,7 @@ REJECTED = [
         "[gpus]\n0 = 6093\n'0,1' = 6094",
         ["gpus.0,1: GPU 0 is already used by gpus.0; to share a GPU give it a list of ports"],
     ),
-    ("[gpus]\n'1,1' = 6094", ["gpus.1,1: GPU 1 is already used by gpus.1,1"]),
+    ("[gpus]\n'1,1' = 6094", ["gpus.1,1: GPU 1 is named twice"]),
     (
         "[gpus]\n'0,GPU-8f3c2a1b-0000-4000-8000-00000000000a' = 6093",
         ["gpus.0,GPU-8f3c2a1b-0000-4000-8000-00000000000a: name both GPUs by index or both by UUID"],

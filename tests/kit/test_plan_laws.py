@@ -107,7 +107,7 @@ def set_up(host: ScriptedHost, pair: Pair) -> None:
     change(host, pair.before)
     if pair.drained:
         with ledger.lock(host, ADA.command):
-            draining.drain(host, pair.drained, ADA, untold, drained=True)
+            draining.drain(host, pair.drained, ADA, untold, drained=True, force=True)
 
 
 def assert_is_as_wanted(host: ScriptedHost, again: Proposal) -> None:

@@ -306,9 +306,9 @@ def test_an_older_unit_is_told_whether_it_lies_on_the_disk_or_still_runs() -> No
     unknown = replace(well, running={})
 
     for found in (on_disk, only_running):
-        assert row(found).wrong == ("runs an older unit: chatterbox-deploy apply",)
+        assert row(found).wrong == ("runs another unit than the fleet file asks for: chatterbox-deploy plan",)
         assert row(found).port == 7000
-    assert row(unmarked).wrong == ("runs an older unit: chatterbox-deploy apply",)
+    assert row(unmarked).wrong == ("runs another unit than the fleet file asks for: chatterbox-deploy plan",)
     assert report(unknown).well
 
 
@@ -383,7 +383,7 @@ def test_what_is_wrong_with_no_instance_in_particular_stands_below() -> None:
     told = report(replace(found, units=units, texts=texts, front_answers=False), text)
 
     assert told.wrong == (
-        "/etc/nginx/conf.d/chatterbox-tts.conf is older than the fleet file: chatterbox-deploy apply",
+        "/etc/nginx/conf.d/chatterbox-tts.conf is not as the fleet file asks: chatterbox-deploy plan",
         "/etc/systemd/system/chatterbox-tts.target is missing: chatterbox-deploy apply",
         "nothing starts the fleet at boot: systemctl enable chatterbox-tts.target",
         "nginx is failed: `journalctl -u nginx.service`",

@@ -139,6 +139,9 @@ class ScriptedHost(LocalHost):
         self.gpus: str | None = None
         """What nvidia-smi prints; ``None`` where there is none."""
 
+        self.nginx_fails: dict[str, str] = {}
+        """What nginx says, whatever our front is, when it is asked to ``test`` or to ``reload`` its files."""
+
         self.strangers: set[int] = set()
         """Ports on which programs listen that are none of ours."""
 
@@ -153,6 +156,7 @@ class ScriptedHost(LocalHost):
         self._tested: set[str] = set()
         self._promise = _Promise(None, frozenset(), 1, somebody=False, together={})
         self._served: set[str] = set()
+        self.place("/usr/sbin/nginx")
         self._changes_left: int | None = None
         self._dead = False
 
@@ -258,7 +262,7 @@ class ScriptedHost(LocalHost):
             raise CommandFailed(msg)
         return ran
 
-    def _answer(self, argv: Sequence[str]) -> Ran:
+    def _answer(self, argv: Sequence[str]) -> Ran:  # noqa: PLR0911  one for each program
         match argv:
             case ["systemctl", verb, *rest]:
                 return self._systemctl(verb, rest)
@@ -268,6 +272,9 @@ class ScriptedHost(LocalHost):
                 return self._test_front()
             case ["journalctl" | "nvidia-smi" as program, *_]:
                 return self._say(program)
+            case ["ss", "-Hltnp", port]:
+                taken = int(port.rpartition(":")[2]) in self.strangers
+                return Ran(0, 'LISTEN 0 5 *:6095 *:* users:(("python3",pid=812,fd=3))\n' if taken else "")
             case ["rmdir", "--ignore-fail-on-non-empty", path]:
                 place = self.at(PurePosixPath(path))
                 with self._change(f"rmdir {path}"):
@@ -612,6 +619,8 @@ class ScriptedHost(LocalHost):
     # nginx
 
     def _test_front(self) -> Ran:
+        if "test" in self.nginx_fails:
+            return Ran(1, stderr=self.nginx_fails["test"])
         text = self._front_on_disk()
         refused = [says for word, says in self.refuses.items() if word in (text or "")]
         if refused:
@@ -626,6 +635,8 @@ class ScriptedHost(LocalHost):
         text = self._front_on_disk()
         if text is not None and text not in self._tested:
             self._object("nginx is told to reload a front that nginx -t never passed")
+        if "reload" in self.nginx_fails:
+            return Ran(1, stderr=self.nginx_fails["reload"])
         with self._change(f"nginx serves {_summary(text)}"):
             self._serve_front()
         deaf = self._up() - {unit.address for unit in self._units.values() if self._listens(unit)}

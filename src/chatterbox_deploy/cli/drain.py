@@ -11,7 +11,8 @@ from chatterbox_deploy.host import LocalHost
 
 @click.command("drain")
 @click.argument("instance", metavar="N")
-def drain_command(*, instance: str) -> None:
+@click.option("--force", is_flag=True, help="Also when nobody else is in service.")
+def drain_command(*, instance: str, force: bool) -> None:
     """Take N out of the front, and wait until it has finished: a GPU (1) or an instance (gpu1-a).
 
     \b
@@ -20,7 +21,7 @@ def drain_command(*, instance: str) -> None:
 
     It runs on and answers on its own port; `apply` and `rollout` leave it out of the front.
     """
-    _set(instance, drained=True)
+    _set(instance, drained=True, force=force)
 
 
 @click.command("undrain")
@@ -34,10 +35,10 @@ def undrain_command(*, instance: str) -> None:
     _set(instance, drained=False)
 
 
-def _set(instance: str, *, drained: bool) -> None:
+def _set(instance: str, *, drained: bool, force: bool = False) -> None:
     host = LocalHost()
     author = telling.author()
     with ledger.lock(host, author.command), telling.interruptible(host):
         chosen = [found.name for found in fleet.find(blueprint.want(blueprint.current(host)).fleet, instance)]
-        draining.drain(host, chosen, author, telling.progress, drained=drained)
+        draining.drain(host, chosen, author, telling.progress, drained=drained, force=force)
     click.echo(f"{', '.join(chosen)}: {'drained' if drained else 'back in service'}", err=True)

@@ -41,6 +41,7 @@ def plan_command(*, fleet_file: Path, as_json: bool, max_unavailable: int, own_t
     """
     host = LocalHost()
     asked = arguments.read_blueprint(host, fleet_file, own_templates)
+    telling.show_unfinished(host)
     show(deploy.propose(host, asked, max_unavailable=max_unavailable).plan, as_json=as_json)
 
 

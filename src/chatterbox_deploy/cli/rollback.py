@@ -34,6 +34,9 @@ def rollback_command(*, number: int | None, max_unavailable: int) -> None:
             blueprint.previous(host) if number is None else blueprint.of_revision(host, ledger.revision(host, number))
         )
         change(host, deploy.propose(host, asked, max_unavailable=max_unavailable))
+    now = host.read_bytes(PurePosixPath(asked.source)) if asked.source.startswith("/") else None
+    if now is not None and now.decode(errors="replace") != asked.fleet_toml:
+        click.echo(f"note: {asked.source} says something else, and the next `apply` does it", err=True)
 
 
 @click.command("history")
@@ -51,9 +54,17 @@ def history_command(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{**asdict(each), "current": each.number == current} for each in kept], indent=2))
         return
+    width = max((len(_version(each)) for each in kept), default=0)
     for each in kept:
-        version = f"  {PurePosixPath(each.version).name}" if each.version else ""
         mark = "*" if each.number == current else " "
-        click.echo(f"{mark} {each.number:>4}  {each.when}  {each.who}{version}  {each.command}")
+        version = f"{_version(each):<{width}}  " if width else ""
+        click.echo(f"{mark} {each.number:>4}  {each.when}  {each.who}  {version}{each.command}")
+    for path in ledger.unreadable_revisions(host):
+        click.echo(f"cannot read {path}: it is no revision any more", err=True)
+    telling.show_unfinished(host)
     if not kept:
         click.echo("nothing was applied here yet: `chatterbox-deploy apply`", err=True)
+
+
+def _version(kept: ledger.Revision) -> str:
+    return PurePosixPath(kept.version).name if kept.version else ""

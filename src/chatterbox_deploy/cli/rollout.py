@@ -58,6 +58,11 @@ def rollout_command(
 def _directory(host: LocalHost, version: str) -> PurePosixPath:
     """Where a version lies, once it is known to be whole."""
     directory = PurePosixPath(config.VERSIONS_DIR) / version
+    if directory.name != version or version in {".", ".."}:
+        msg = (
+            f"cannot use version {version!r}: name a directory in {directory.parent}, as `scripts/install-version` does"
+        )
+        raise CommandFailed(msg)
     if host.read_bytes(directory / _COMPLETE) is None:
         whole = [path.parent.name for path in host.glob(directory.parent, f"*/{_COMPLETE}")]
         msg = (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import getpass
 import os
+import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ from chatterbox_deploy.steps import ShowFront, WriteFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.plan import Plan
@@ -30,7 +32,11 @@ INTERRUPTED = 130
 
 def author() -> Author:
     """Who types, also behind sudo, and what."""
-    who = os.environ.get("SUDO_USER") or getpass.getuser()
+    try:
+        who = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        # Nobody gave this number a name.
+        who = str(os.getuid())
     return Author(who, " ".join(["chatterbox-deploy", *sys.argv[1:]]))
 
 
@@ -96,14 +102,30 @@ def _writes(step: Step) -> list[str]:
     return [str(change.file.path) for change in step.changes] if isinstance(step, WriteFiles | ShowFront) else []
 
 
+def show_unfinished(host: Host) -> None:
+    """On standard error: that a change did not end, and what to type."""
+    if (advice := deploy.advice(host)) is not None:
+        click.echo(f"a change did not end: {advice}", err=True)
+
+
 @contextmanager
 def interruptible(host: Host) -> Iterator[None]:
-    """A change of the host; after Ctrl-C whoever typed it learns how to go on."""
+    """A change of the host; after Ctrl-C, SIGTERM or the end of the terminal whoever typed it learns how to go on."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"interrupted; {deploy.advice(host) or 'nothing was changed'}", err=True)
+        # The terminal may be gone.
+        with suppress(OSError):
+            click.echo(f"interrupted; {deploy.advice(host) or 'nothing was changed'}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  as signal calls it
+    raise KeyboardInterrupt
 
 
 def progress(total: int, title: str | None = None) -> Callable[[int, Step], None]:

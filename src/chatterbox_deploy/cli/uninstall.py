@@ -28,7 +28,8 @@ def uninstall_command(*, purge: bool, force: bool, yes: bool, dry_run: bool) -> 
     author = telling.author()
     proposed = removal.propose(host, purge=purge, force=force)
     for change in proposed.kept:
-        click.echo(change.diff(), nl=False)
+        if change.before is not None:
+            click.echo(change.diff(), nl=False)
         click.echo(f"kept: {change.file.path} was edited by hand; --force removes it, too", err=True)
     telling.show(proposed.plan, nothing="nothing of ours is installed here")
     if dry_run or not proposed.plan:
