@@ -5,8 +5,8 @@
 The daemon and small clients of it get the Environment=, EnvironmentFile=, ExecStart= and ExecStartPost= of the units
 that `chatterbox-deploy render` wrote for two instances on GPU 0, under settings of these units that hardening.py
 beside this puts on: none, those of one side, of both; where all of both fail, each by itself and all but each. With the
-daemon's own words wherever a client fails. Then one of two clients breaks its context, and is replaced. Fails if MPS
-does not work under all settings. Needs root, and neither systemd, weights nor a network.
+daemon's own words wherever a client fails. Then one of three clients breaks its context. Fails if MPS does not work
+under all settings. Needs root, and neither systemd, weights nor a network.
 """
 
 from __future__ import annotations
@@ -50,18 +50,42 @@ sys.stdin.readline()
 """
 """A number that the GPU wrote, without torch: it is there in a second."""
 
-CLIENT = """
-import sys, torch
+PTX = """
+.version 7.0
+.target sm_75
+.address_size 64
+.visible .entry stray() {
+  .reg .u64 %p; .reg .u32 %v;
+  mov.u64 %p, 16; mov.u32 %v, 1; st.global.u32 [%p], %v; ret;
+}
+"""
+
+CLIENT = f"""
+import ctypes, sys, time, torch
 print(torch.cuda.device_count(), torch.ones(8, device="cuda").sum().item(), flush=True)
+def compute():
+    left = torch.rand(256, 256, device="cuda")
+    return (left @ left).sum().isfinite().item()
 for line in sys.stdin:
     try:
-        if line.strip() == "break":
+        if line.strip() == "index beyond the end":
             torch.zeros(10, device="cuda")[torch.full((4,), 1000, device="cuda")].sum().item()
-        left = torch.rand(256, 256, device="cuda")
-        print("works" if (left @ left).sum().isfinite().item() else "computes nonsense", flush=True)
+        elif line.strip() == "write to memory of nobody":
+            cuda, module, function = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_void_p()
+            assert cuda.cuModuleLoadData(ctypes.byref(module), {PTX.encode()!r}) == 0
+            assert cuda.cuModuleGetFunction(ctypes.byref(function), module, b"stray") == 0
+            assert cuda.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, None, None, None) == 0
+            torch.cuda.synchronize()
+        until = time.monotonic() + (3 if line.strip() == "keep on" else 0)
+        good = compute()
+        while time.monotonic() < until:
+            good = compute() and good
+        print("works" if good else "computes nonsense", flush=True)
     except Exception as error:
         print(str(error).splitlines()[0], flush=True)
 """
+FAULTS = ("index beyond the end", "write to memory of nobody")
+"""What a client is told to do; the first is a device-side assert, as a token out of range makes one."""
 
 ANSWER_S = 15.0
 START_S = 60.0
@@ -88,11 +112,14 @@ class Client:
             return f"no answer within {timeout_s:.0f} s"
         return lines[0].strip() or (stderr.read().strip().splitlines() or ["nothing"])[-1]
 
-    def tell(self, word: str) -> str:
+    def tell(self, word: str) -> None:
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
+
+    def ask(self, word: str) -> str:
+        self.tell(word)
         return self.read(ANSWER_S)
 
     def end(self) -> None:
@@ -156,20 +183,20 @@ def hardened(units: Mapping[str, Unit], sides: Sides) -> Iterator[tuple[Daemon, 
 def works(units: Mapping[str, Unit], sides: Sides, what: str) -> bool:
     """Print whether a client of the daemon can compute."""
     begin = time.monotonic()
-    daemon_says = ""
+    last_words = ""
     try:
         with hardened(units, sides) as (daemon, wrap, told):
             client = Client(PROBE, wrap, told)
             said = client.read(20)
             count = len(daemon.clients()) if said == "42" else 0
             client.end()
-            if not count:
-                daemon_says = daemon.says(12)
+        if not count:
+            last_words = daemon.last_words
     except (OSError, subprocess.SubprocessError) as error:
         said, count = f"the daemon: {error}", 0
     verdict = "yes" if count == 1 else "no: it computes beside the daemon" if said == "42" else f"no: {said}"
     print(f"{what:<60} {time.monotonic() - begin:4.1f} s  {verdict}", flush=True)
-    for line in daemon_says.splitlines():
+    for line in last_words.splitlines():
         print(f"    {line}", flush=True)
     return count == 1
 
@@ -187,29 +214,32 @@ def find_culprits(units: Mapping[str, Unit], all_of: Sides) -> None:
             works(units, rest.without(key), f"nor {key}")
 
 
-def break_one(units: Mapping[str, Unit], sides: Sides) -> bool:
-    """Whether two clients share the daemon; tells what one broken context does to the other, and to who comes later."""
+def break_one(units: Mapping[str, Unit], sides: Sides, fault: str) -> bool:
+    """Whether all clients share the daemon; tells what one's fault does to the others, and to who comes later."""
     with hardened(units, sides) as (daemon, wrap, told):
-        clients = [Client(CLIENT, wrap, told) for _ in range(2)]
-        greetings = [client.read() for client in clients]
+        clients = [Client(CLIENT, wrap, told) for _ in range(3)]
+        broken, idle, busy = clients
+        greetings = {client.read() for client in clients}
         pids = daemon.clients()
-        print(f"\nunder all of both, user {hardening.free_uid()}: two clients each see GPUs and sum: {greetings}")
-        print(f"  {told['CUDA_VISIBLE_DEVICES']}; the daemon counts {len(pids)} clients; they compute: "
-              f"{[client.tell('compute') for client in clients]}")  # fmt: skip
-        print(f"  one breaks its context: {clients[0].tell('break')}")
-        print(f"  the other, which did nothing: {clients[1].tell('compute')}")
-        clients[0].end()
+        print(f"\n{fault}: the daemon counts {len(pids)} clients, who see GPUs and sum: {' or '.join(greetings)}; "
+              f"{told['CUDA_VISIBLE_DEVICES']}")  # fmt: skip
+        busy.tell("keep on")
+        time.sleep(1)
+        print(f"  the one who does it:                {broken.ask(fault)}")
+        print(f"  one who computes meanwhile:         {busy.read(ANSWER_S)}")
+        print(f"  one who did nothing, asked then:    {idle.ask('compute')}")
+        print(f"  these two, asked again:             {busy.ask('compute')}; {idle.ask('compute')}")
         late = Client(CLIENT, wrap, told)
-        print(f"  a new one, while the other lives: {late.read()}")
-        for client in (clients[1], late):
+        print(f"  a new one, before anybody has gone: {late.read()}")
+        broken.end()
+        late.end()
+        late = Client(CLIENT, wrap, told)
+        print(f"  a new one, the first one gone:      {late.read()}")
+        for client in (busy, idle, late):
             client.end()
-        after = Client(CLIENT, wrap, told)
-        print(f"  a new one, once all are gone: {after.read()}")
-        after.end()
-        print("  the daemon's last words:")
-        for line in daemon.says(8).splitlines():
-            print(f"    {line}")
-        return len(pids) == 2
+    for line in daemon.last_words.splitlines():
+        print(f"    {line}")
+    return len(pids) == 3
 
 
 def main() -> None:
@@ -233,8 +263,8 @@ def main() -> None:
     works(units, Sides(narrower, client), "all of both, but for SystemCallFilter=@setuid")
     if not holds:
         find_culprits(units, all_of)
-    holds = break_one(units, all_of) and holds
-    sys.exit(0 if holds else 1)
+    shared = [break_one(units, all_of, fault) for fault in FAULTS]
+    sys.exit(0 if holds and all(shared) else 1)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,19 @@ MPS, FIRST, SECOND, ALONE = (f"chatterbox-tts-{name}.service" for name in ("mps-
 UUID = "GPU-8f3c2a1b-5d6e-4f70-8a9b-0c1d2e3f4a5b"
 ALL_READY = " && ".join(f"curl -sSf -o /dev/null http://127.0.0.1:{port}/readyz" for port in (6093, 6094, 6096))
 
-# Answers commands on its standard input, and in the foreground (-f) has a server that outlives a kill.
-CONTROL = """#!/bin/bash
+# Answers commands on its standard input, and in the foreground (-f) has a server that outlives a kill. As NVIDIA's, it
+# becomes the user that it is before it starts that.
+CONTROL = f"""#!/bin/bash
 control=$CUDA_MPS_PIPE_DIRECTORY/control
 if [ "$1" = -f ]; then
   mkfifo "$control" && echo $$ > "$control.pid" && touch "$CUDA_MPS_LOG_DIRECTORY/control.log" || exit 1
   echo "Starting control daemon using socket $control, GPU $CUDA_VISIBLE_DEVICES"
+  {PYTHON} -c "import os; os.setuid(os.getuid())" || exit 1
   sleep 1000 &
   while read -r command < "$control"; do [ "$command" != quit ] || exit 0; done
 fi
 read -r command
-kill -0 "$(cat "$control.pid" 2>/dev/null)" 2>/dev/null || { echo "Cannot find MPS control daemon process"; exit 1; }
+kill -0 "$(cat "$control.pid" 2>/dev/null)" 2>/dev/null || {{ echo "Cannot find MPS control daemon process"; exit 1; }}
 [ "$command" != quit ] || echo quit > "$control"
 """
 
