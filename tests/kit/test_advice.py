@@ -52,7 +52,8 @@ def test_the_model_comes_near_every_point_that_was_measured(known: profile.Profi
 def test_rates_stay_between_what_must_hold_of_any_closed_system(demand: Demand, replicas: int) -> None:
     reached = advice.rate(demand, replicas)
     ideal = replicas / demand.time_s
-    ceiling = 1 / (demand.exclusive * demand.time_s) if demand.exclusive else math.inf
+    alone_s = demand.exclusive * demand.time_s
+    ceiling = 1 / alone_s if alone_s else math.inf
 
     assert reached <= min(ideal, ceiling) * (1 + 1e-9)
     assert reached >= ideal / (1 + (replicas - 1) * demand.exclusive) * (1 - 1e-9)
