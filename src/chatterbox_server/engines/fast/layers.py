@@ -22,6 +22,8 @@ def compiled(function: Callable[..., Any], how: Compile) -> Callable[..., Any]:
     """``function`` with its pointwise parts fused: for each shape anew, or once for all of them."""
     if how == "off":
         return function
+    # Eight shapes of each are its default, after which it refuses.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # noqa: SLF001
     made: Callable[..., Any] = torch.compile(function, dynamic=how == "dynamic", fullgraph=True)
     return made
 

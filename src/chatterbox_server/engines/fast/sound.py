@@ -12,7 +12,7 @@ import torch
 
 from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow, Gelu
 from chatterbox_server.engines.fast.layers import Attention, Compile
-from chatterbox_server.engines.fast.recorded import Recordings
+from chatterbox_server.engines.fast.recorded import Recording, Recordings
 from chatterbox_server.engines.fast.vocoder import Heard, Layout, Vocoder
 
 SAMPLE_RATE_HZ: Final = 24_000
@@ -147,6 +147,29 @@ class Sound:
                     spoken[share.index] = samples
         return spoken
 
+    def mels(self, takes: Sequence[Take]) -> list[Any]:
+        """The mel spectrogram of each take so far, (frames, bands), without its prompt; streams stay where they are."""
+        made = [torch.zeros(0, BANDS, device=self._device)] * len(takes)
+        with torch.inference_mode():
+            for batch in self._batches(takes):
+                mel = self._mel(batch).play()
+                for row, share in enumerate(batch):
+                    made[share.index] = mel[row, share.prompt : share.prompt + share.frames].clone()
+        return made
+
+    def ready_flow(self, takes: Sequence[Take]) -> Recording[Asked]:
+        """What ``speak`` would play for a batch of ``takes``, filled in."""
+        with torch.inference_mode():
+            return self._mel(next(self._batches(takes)))
+
+    def ready_vocoder(self, takes: Sequence[Take]) -> Recording[Heard]:
+        """The same after the flow, whose part is taken by zeros."""
+        with torch.inference_mode():
+            batch = next(self._batches(takes))
+            width = max(share.prompt + share.frames for share in batch)
+            mel = torch.zeros(_least(BATCHES, len(batch)), width, BANDS, device=self._device)
+            return self._heard(batch, mel)
+
     # -- who speaks with whom ----------------------------------------------------------------------------------
 
     def _batches(self, takes: Sequence[Take]) -> Iterator[list[_Share]]:
@@ -175,10 +198,11 @@ class Sound:
     # -- one batch ---------------------------------------------------------------------------------------------
 
     def _spoken(self, batch: Sequence[_Share]) -> list[Any]:
-        mel = self._mel(batch)
-        return self._vocoded(batch, mel)
+        mel = self._mel(batch).play()
+        samples, phases = self._heard(batch, mel).play()
+        return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
-    def _mel(self, batch: Sequence[_Share]) -> Any:
+    def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
         rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch))
         recording = self.recordings.find(("flow", rows, width), self._flow, lambda: self._flow_blank(rows, width))
         asked = recording.inputs
@@ -195,9 +219,9 @@ class Sound:
         )
         for target, values in zip((asked.lengths, asked.prompt, asked.frames, asked.seeds), told, strict=True):
             target.copy_(values)
-        return recording.play()
+        return recording
 
-    def _vocoded(self, batch: Sequence[_Share], mel: Any) -> list[Any]:
+    def _heard(self, batch: Sequence[_Share], mel: Any) -> Recording[Heard]:
         rows = len(mel)
         width = 2 * _least(WIDTHS, -(-max(share.heard for share in batch) // 2))
         recording = self.recordings.find(
@@ -220,8 +244,7 @@ class Sound:
         for row, share in enumerate(batch):
             if share.take.stream is not None and share.take.stream.phase is not None:
                 heard.phase[row].copy_(share.take.stream.phase)
-        samples, phases = recording.play()
-        return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
+        return recording
 
     def _from_mel(self, heard: Heard) -> tuple[Any, Any]:
         samples, phases = self._vocoder(heard)
