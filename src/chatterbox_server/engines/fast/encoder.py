@@ -1,0 +1,114 @@
+"""S3Gen's encoder: speech tokens to two frames each, by the package's weights, rows of different lengths at once."""
+
+import math
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from chatterbox_server.engines.fast.layers import NEVER, Linear, Norm, windows
+
+
+class Encoder:
+    """Of the package's ``UpsampleConformerEncoder`` as S3Gen configures it: no convolution module, no macaron."""
+
+    def __init__(self, encoder: Any, *, dtype: Any, device: Any) -> None:
+        """``device`` is where the weights already are."""
+        layers = [*encoder.encoders, *encoder.up_encoders]
+        if any(layer.conv_module is not None or layer.feed_forward_macaron is not None for layer in layers):
+            msg = "cannot run an encoder with convolution modules or macaron layers"
+            raise NotImplementedError(msg)
+        self._dtype = dtype
+        self._ahead = encoder.pre_lookahead_layer.pre_lookahead_len
+        self._look, self._settle = (
+            Linear.over_time(encoder.pre_lookahead_layer.conv1, dtype),
+            Linear.over_time(encoder.pre_lookahead_layer.conv2, dtype),
+        )
+        self._up = Linear.over_time(encoder.up_layer.conv, dtype)
+        self._stride = encoder.up_layer.stride
+        self._enter = _Entrance(encoder.embed, dtype, device)
+        self._enter_up = _Entrance(encoder.up_embed, dtype, device)
+        self._layers = [_Layer(layer, dtype) for layer in encoder.encoders]
+        self._up_layers = [_Layer(layer, dtype) for layer in encoder.up_encoders]
+        self._after = Norm.of(encoder.after_norm, dtype)
+
+    def __call__(self, embedded: Any, lengths: Any) -> Any:
+        """(batch, tokens, channels), whatever is beyond ``lengths`` → (batch, 2 * tokens, channels)."""
+        width = embedded.shape[1]
+        valid = torch.arange(width, device=lengths.device) < lengths[:, None]
+        x, positions = self._enter(embedded.to(self._dtype))
+        # Looking ahead, a row must see nothing behind its end.
+        x = x * valid[..., None]
+        ahead = functional.leaky_relu(self._look(windows(x, 0, self._ahead)))
+        x = self._settle(windows(ahead, 2)) + x
+        bias = _kept_out(valid, x.dtype)
+        for layer in self._layers:
+            x = layer(x, positions, bias)
+        x = self._up(windows(x.repeat_interleave(self._stride, dim=1), 2 * self._stride))
+        x, positions = self._enter_up(x)
+        bias = _kept_out(valid.repeat_interleave(self._stride, dim=1), x.dtype)
+        for layer in self._up_layers:
+            x = layer(x, positions, bias)
+        return self._after(x)
+
+
+def _kept_out(valid: Any, dtype: Any) -> Any:
+    """What is added to attention's scores: nothing can come from beyond a row's end."""
+    return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, NEVER)[:, None, None, :]
+
+
+class _Entrance:
+    """Projection, norm, scale, and what relative positions look like."""
+
+    def __init__(self, embed: Any, dtype: Any, device: Any) -> None:
+        self._project = Linear.of(embed.out[0], dtype)
+        self._norm = Norm.of(embed.out[1], dtype)
+        self._scale = embed.pos_enc.xscale
+        self._positions = embed.pos_enc.pe[0].to(device=device, dtype=dtype)
+
+    def __call__(self, x: Any) -> tuple[Any, Any]:
+        width, middle = x.shape[1], len(self._positions) // 2
+        if width > middle + 1:
+            msg = f"cannot encode {width} positions: the encoder knows {middle + 1}"
+            raise ValueError(msg)
+        return self._norm(self._project(x)) * self._scale, self._positions[middle - width + 1 : middle + width]
+
+
+class _Layer:
+    """Attention with relative positions, then a feed-forward, each over its input's norm."""
+
+    def __init__(self, layer: Any, dtype: Any) -> None:
+        attention = layer.self_attn
+        self._heads = attention.h
+        self._scale = 1 / math.sqrt(attention.d_k)
+        self._norm_1, self._norm_2 = Norm.of(layer.norm_mha, dtype), Norm.of(layer.norm_ff, dtype)
+        self._into = Linear.stacked([attention.linear_q, attention.linear_k, attention.linear_v], dtype)
+        self._places = Linear.of(attention.linear_pos, dtype)
+        self._content, self._place = (
+            attention.pos_bias_u.detach().to(dtype),
+            attention.pos_bias_v.detach().to(dtype),
+        )
+        self._out = Linear.of(attention.linear_out, dtype)
+        self._widen, self._narrow = Linear.of(layer.feed_forward.w_1, dtype), Linear.of(layer.feed_forward.w_2, dtype)
+        self._activation = layer.feed_forward.activation
+
+    def __call__(self, x: Any, positions: Any, bias: Any) -> Any:
+        queries, keys, values = self._into(self._norm_1(x)).unflatten(-1, (3, self._heads, -1)).unbind(2)
+        places = self._places(positions).unflatten(-1, (self._heads, -1)).permute(1, 2, 0)
+        scores = torch.matmul((queries + self._place).transpose(1, 2), places) * self._scale
+        attended = functional.scaled_dot_product_attention(
+            (queries + self._content).transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=_shifted(scores) + bias,
+            scale=self._scale,
+        )
+        x = x + self._out(attended.transpose(1, 2).flatten(2))
+        return x + self._narrow(self._activation(self._widen(self._norm_2(x))))
+
+
+def _shifted(scores: Any) -> Any:
+    """(…, width, 2 * width - 1) by distance → (…, width, width) by position: a view, each row begins one earlier."""
+    width = scores.shape[-2]
+    flat = scores.flatten(-2)[..., width - 1 : width - 1 + width * (2 * width - 2)]
+    return flat.unflatten(-1, (width, 2 * width - 2))[..., :width]

@@ -1,0 +1,266 @@
+"""S3Gen's flow: speech tokens and a voice to a mel spectrogram, by the package's weights, for many utterances at once.
+
+What does not change from step to step (time, speaker, prompt, the encoder's word) is worked out once. The state of the
+solver and time itself are float32 whatever the network computes in.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.encoder import Encoder
+from chatterbox_server.engines.fast.layers import Attention, Compile, Lengths, Linear, Norm, attend, compiled, windows
+
+BANDS: Final = 80
+"""Of the mel spectrogram."""
+
+Gelu = Literal["exact", "tanh"]
+"""``tanh`` lets cuBLAS apply it to a product as it is made; it is not quite what the network was trained with."""
+
+
+class Asked(NamedTuple):
+    """A batch of utterances, padded to ``width`` tokens."""
+
+    tokens: Any
+    """The prompt's, then the utterance's, (batch, width); beyond ``lengths`` anything that is a token."""
+    lengths: Any
+    """(batch,)."""
+    heard: Any
+    """The prompt's own mel spectrogram, (batch, 2 * width, bands), float32."""
+    prompt: Any
+    """Frames of it that count, (batch,)."""
+    frames: Any
+    """To be made, the prompt's too, (batch,): two for each token, or fewer where the last tokens are look-ahead."""
+    speaker: Any
+    """The package's embedding, (batch, 192)."""
+    seeds: Any
+    """(batch,), int64."""
+
+
+class Flow:
+    """Of the package's ``CausalMaskedDiffWithXvec``, on the device where its weights are."""
+
+    def __init__(
+        self,
+        flow: Any,
+        *,
+        steps: int,
+        meanflow: bool,
+        encoder_dtype: Any,
+        dtype: Any,
+        attention: Attention = "mask",
+        compile: Compile = "off",  # noqa: A002 (torch's word)
+        gelu: Gelu = "exact",
+    ) -> None:
+        weight = flow.input_embedding.weight
+        self._embedding = weight.detach().to(encoder_dtype)
+        self._encoder = Encoder(flow.encoder, dtype=encoder_dtype, device=weight.device)
+        self._project = Linear.of(flow.encoder_proj, torch.float32)
+        self._speaker = Linear.of(flow.spk_embed_affine_layer, torch.float32)
+        self._guidance = None if meanflow else float(flow.decoder.inference_cfg_rate)
+        times = torch.linspace(0, 1, steps + 1, device=weight.device)
+        if not meanflow and flow.decoder.t_scheduler == "cosine":
+            times = 1 - torch.cos(times * 0.5 * torch.pi)
+        self._paces: list[float] = (times[1:] - times[:-1]).tolist()
+        self._estimator = Estimator(
+            flow.decoder.estimator, times, dtype=dtype, attention=attention, compile=compile, gelu=gelu
+        )
+        self.frames_per_token: int = flow.token_mel_ratio
+        self.tokens_ahead: int = flow.pre_lookahead_len
+
+    def __call__(self, asked: Asked) -> Any:
+        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` there is nothing."""
+        width = asked.tokens.shape[1] * self.frames_per_token
+        steps = torch.arange(width, device=asked.tokens.device)
+        inside = steps[: asked.tokens.shape[1]] < asked.lengths[:, None]
+        embedded = functional.embedding(asked.tokens, self._embedding) * inside[..., None]
+        means = self._project(self._encoder(embedded, asked.lengths).float())
+        known = asked.heard * (steps < asked.prompt[:, None])[..., None]
+        likeness = self._speaker(functional.normalize(asked.speaker, dim=1))[:, None].expand(-1, width, -1)
+        x = noise.normal(asked.seeds[:, None], noise.FLOW, steps.expand(len(means), -1), BANDS)
+        return self._solve(x, torch.cat((means, likeness, known), dim=-1), Lengths.of(asked.frames, width))
+
+    def _solve(self, x: Any, told: Any, lengths: Lengths) -> Any:
+        """Euler's method."""
+        batch = len(x)
+        guided = self._guidance is not None
+        constant = self._estimator.constant(told, guided=guided)
+        over = lengths.twice() if guided else lengths
+        for step, pace in enumerate(self._paces):
+            slope = self._estimator(x, constant, over, step)
+            if self._guidance is not None:
+                slope = (1 + self._guidance) * slope[:batch] - self._guidance * slope[batch:]
+            x = x + pace * slope
+        return x * lengths.valid[..., None]
+
+
+class Estimator:
+    """Of the package's ``ConditionalDecoder`` as S3Gen configures it: causal, one resolution.
+
+    Convolutions look back only, so that padding, which is behind, is kept out of attention alone.
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        times: Any,
+        *,
+        dtype: Any,
+        attention: Attention,
+        compile: Compile,  # noqa: A002
+        gelu: Gelu,
+    ) -> None:
+        if not estimator.causal or len(estimator.down_blocks) != 1:
+            msg = "cannot run an estimator that looks ahead, or works at several resolutions"
+            raise NotImplementedError(msg)
+        self._dtype = dtype
+        groups = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
+        embedded = _embedded(estimator, times)
+        resnet, attending = compiled(_resnet, compile), compiled(_into_heads, compile)
+        finish = compiled(_after_attention if gelu == "exact" else _after_attention_tanh, compile)
+        self._resnets = [_Resnet(group[0], embedded, dtype, resnet) for group in groups]
+        self._entrance = _Entrance(self._resnets[0])
+        self._blocks = [[_Block(block, dtype, attention, attending, finish) for block in group[1]] for group in groups]
+        self._down = Linear.over_time(estimator.down_blocks[0][2], dtype)
+        self._up = Linear.over_time(estimator.up_blocks[0][2], dtype)
+        self._last, self._last_norm = _convolution(estimator.final_block, dtype)
+        self._out = Linear.of(estimator.final_proj, dtype)
+
+    def constant(self, told: Any, *, guided: bool) -> tuple[Any, Any]:
+        """What the first convolutions make of all but ``x``; with guidance, of nothing at all for the second half."""
+        return self._entrance.constant(told.to(self._dtype), guided=guided)
+
+    def __call__(self, x: Any, constant: tuple[Any, Any], lengths: Lengths, step: int) -> Any:
+        """The slope at ``x``, float32; twice as many rows with guidance."""
+        x = self._entrance(x.to(self._dtype), constant, step)
+        x = self._attended(x, 0, lengths)
+        skip = x
+        x = self._down(windows(x, 2))
+        for at in range(1, len(self._resnets) - 1):
+            x = self._attended(self._resnets[at](x, step), at, lengths)
+        x = self._resnets[-1](torch.cat((x, skip), dim=-1), step)
+        x = self._up(windows(self._attended(x, -1, lengths), 2))
+        x = functional.mish(self._last_norm(self._last(windows(x, 2))))
+        return self._out(x).float()
+
+    def _attended(self, x: Any, at: int, lengths: Lengths) -> Any:
+        for block in self._blocks[at]:
+            x = block(x, lengths)
+        return x
+
+
+def _embedded(estimator: Any, times: Any) -> Any:
+    """Each step's time as every resnet is told it, (steps, channels)."""
+    begin = estimator.time_mlp(estimator.time_embeddings(times[:-1]))
+    if not estimator.meanflow:
+        return begin
+    end = estimator.time_mlp(estimator.time_embeddings(times[1:]))
+    return estimator.time_embed_mixer(torch.cat((begin, end), dim=1))
+
+
+def _convolution(block: Any, dtype: Any) -> tuple[Linear, Norm]:
+    return Linear.over_time(block.block[0], dtype), Norm.of(block.block[2], dtype)
+
+
+class _Resnet:
+    """Two convolutions, with the time of the step between them."""
+
+    def __init__(self, resnet: Any, embedded: Any, dtype: Any, run: Callable[..., Any]) -> None:
+        times = resnet.mlp(embedded).to(dtype)
+        self._times = [times[step].clone() for step in range(len(times))]
+        self.first, norm_1 = _convolution(resnet.block1, dtype)
+        second, norm_2 = _convolution(resnet.block2, dtype)
+        self.beside = Linear.of(resnet.res_conv, dtype)
+        self._rest = (norm_1.weight, norm_1.bias, second.weight, second.bias, norm_2.weight, norm_2.bias, norm_1.eps)
+        self._run = run
+
+    def __call__(self, x: Any, step: int) -> Any:
+        return self.told(self.first(windows(x, 2)), self.beside(x), step)
+
+    def told(self, first: Any, beside: Any, step: int) -> Any:
+        """What comes after the first convolution, and the one beside both."""
+        return self._run(first, beside, self._times[step], self._rest)
+
+
+class _Entrance:
+    """The first resnet, whose convolutions take what never changes and what does apart: they are linear."""
+
+    def __init__(self, resnet: _Resnet) -> None:
+        self._resnet = resnet
+        first, beside = resnet.first, resnet.beside
+        by_time = first.weight.unflatten(1, (3, -1))
+        self._first = Linear(by_time[..., BANDS:].flatten(1).contiguous(), first.bias)
+        self._beside = Linear(beside.weight[:, BANDS:].contiguous(), beside.bias)
+        self._first_of_x = Linear(by_time[..., :BANDS].flatten(1).contiguous(), None)
+        self._beside_of_x = Linear(beside.weight[:, :BANDS].contiguous(), None)
+
+    def constant(self, told: Any, *, guided: bool) -> tuple[Any, Any]:
+        made = self._first(windows(told, 2)), self._beside(told)
+        if not guided:
+            return made
+        of_nothing = self._first.bias.expand_as(made[0]), self._beside.bias.expand_as(made[1])
+        return torch.cat((made[0], of_nothing[0])), torch.cat((made[1], of_nothing[1]))
+
+    def __call__(self, x: Any, constant: tuple[Any, Any], step: int) -> Any:
+        first, beside = constant
+        turns = (len(first) // len(x), 1, 1)
+        first = first + self._first_of_x(windows(x, 2)).repeat(turns)
+        return self._resnet.told(first, beside + self._beside_of_x(x).repeat(turns), step)
+
+
+def _resnet(x: Any, beside: Any, time: Any, weights: tuple[Any, ...]) -> Any:
+    weight_1, bias_1, second, second_bias, weight_2, bias_2, eps = weights
+    x = functional.mish(functional.layer_norm(x, weight_1.shape, weight_1, bias_1, eps)) + time
+    x = functional.linear(windows(x, 2), second, second_bias)
+    return functional.mish(functional.layer_norm(x, weight_2.shape, weight_2, bias_2, eps)) + beside
+
+
+class _Block:
+    """The package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
+
+    def __init__(
+        self, block: Any, dtype: Any, attention: Attention, begin: Callable[..., Any], finish: Callable[..., Any]
+    ) -> None:
+        self._attention = attention
+        self._heads = block.attn1.heads
+        norm_1, norm_3 = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
+        into = Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype)
+        self._first = (norm_1.weight, norm_1.bias, into.weight, norm_1.eps)
+        out, widen, narrow = (
+            Linear.of(module, dtype) for module in (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
+        )
+        self._rest = (
+            *(out.weight, out.bias, norm_3.weight, norm_3.bias),
+            *(widen.weight, widen.bias, narrow.weight, narrow.bias, norm_3.eps),
+        )
+        self._begin, self._finish = begin, finish
+
+    def __call__(self, x: Any, lengths: Lengths) -> Any:
+        heads = self._begin(x, self._first).unflatten(-1, (3, self._heads, -1))
+        queries, keys, values = heads.unbind(2)
+        attended = attend(queries, keys, values, lengths, self._attention)
+        return self._finish(x, attended.flatten(2), self._rest)
+
+
+def _into_heads(x: Any, weights: tuple[Any, ...]) -> Any:
+    weight, bias, into, eps = weights
+    return functional.linear(functional.layer_norm(x, weight.shape, weight, bias, eps), into)
+
+
+def _after_attention(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
+    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
+    x = x + functional.linear(attended, out, out_bias)
+    normed = functional.layer_norm(x, weight.shape, weight, bias, eps)
+    return x + functional.linear(functional.gelu(functional.linear(normed, widen, widen_bias)), narrow, narrow_bias)
+
+
+def _after_attention_tanh(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
+    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
+    x = x + functional.linear(attended, out, out_bias)
+    normed = functional.layer_norm(x, weight.shape, weight, bias, eps).flatten(0, 1)
+    # Only thus does cuBLAS add the bias and bend the sum in the product's own kernel.
+    hidden = torch._addmm_activation(widen_bias, normed, widen.t(), use_gelu=True)  # noqa: SLF001
+    return x + functional.linear(hidden, narrow, narrow_bias).unflatten(0, x.shape[:2])
