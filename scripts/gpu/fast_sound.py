@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Read when they are imported.
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
+import perth
 import torch
 from chatterbox.models.s3gen import S3Gen
 from chatterbox.models.s3gen.s3gen import (
@@ -45,6 +46,7 @@ from scripts import same_noise
 from chatterbox_server.engines.fast.encoder import Encoder
 from chatterbox_server.engines.fast.recorded import Recordings
 from chatterbox_server.engines.fast.sound import FADE, HELD, How, Sound, Stream, Take
+from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 from chatterbox_server.engines.stock.silence import silenced
 
 if TYPE_CHECKING:
@@ -365,6 +367,44 @@ def whole(bench: Bench) -> None:
             attempt("whole", partial(measure, batch, how))
 
 
+def mark(bench: Bench) -> None:
+    print("\n== mark: the package's watermark: batch, ms, ms a request; relative error against the package's own")
+    takes = requests(bench, 2 if bench.tiny else 16)
+    plain = bench.sound(How()).speak(takes)
+    with silenced():
+        package = perth.PerthImplicitWatermarker()
+    ours = Watermark(package, sample_rate_hz=24_000, device=bench.device)
+    recordings = Recordings(device=bench.device, kept=1)
+    lengths = torch.tensor([len(samples) for samples in plain], device=bench.device)
+    sounds = Sounds(torch.stack(plain), lengths)
+    with torch.inference_mode():
+        recording = recordings.find("mark", ours, lambda: sounds)
+        took = bench.seconds(recording.play)
+        print(told(took, len(plain), recording, 0, "on the device"), flush=True)
+        marked = recording.play().clone()
+        called = bench.seconds(partial(ours, sounds))
+        print(f"  called: {1e3 * called:.2f} ms")
+        begin = time.perf_counter()
+        right = [package.apply_watermark(samples.cpu().numpy(), sample_rate=24_000) for samples in plain[:4]]
+        print(f"  the package, on the CPU: {1e3 * (time.perf_counter() - begin) / len(right):.1f} ms each")
+        for row, (one, other) in enumerate(zip(marked, right, strict=False)):
+            error = 10 ** (decibels(one.cpu(), torch.from_numpy(other)) / 20)
+            read = [package.get_watermark(samples, sample_rate=24_000) for samples in (one.cpu().numpy(), other)]
+            print(f"  {row}: {error:.1e}, read as {read[0]:.1f}, the package's own as {read[1]:.1f}", flush=True)
+    how = replace(BASE, compile="off")
+    marking = Sound(bench.s3gen, device=bench.device, flow_steps=bench.steps, how=how, watermarker=package)
+    for batch in (1, 2) if bench.tiny else (1, 16):
+        took = bench.seconds(partial(marking.speak, requests(bench, batch)))
+        print(f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   from tokens to marked sound", flush=True)
+    take = replace(takes[0], tokens=takes[0].tokens[:15], final=False)
+
+    def chunk() -> Any:
+        return marking.speak([replace(take, stream=Stream())])[0].cpu()
+
+    took = bench.seconds(chunk, 9)
+    print(f"  {1e3 * took:.2f} ms: a first chunk of 15 tokens, marked")
+
+
 def first(bench: Bench) -> None:
     print("\n== first: a first chunk of one utterance, from its tokens to its samples on the CPU")
 
@@ -390,26 +430,33 @@ def first(bench: Bench) -> None:
 def chunks(bench: Bench) -> None:
     print(f"\n== chunks: against the same utterance in one go, dB; {HELD} frames held, {FADE} of them faded")
     sound = bench.sound(How())
+    with silenced():
+        package = perth.PerthImplicitWatermarker()
+    marking = Sound(bench.s3gen, device=bench.device, flow_steps=bench.steps, watermarker=package)
     take = takes_of([250], bench.device, prompt=bench.tokens(PROMPT))[0]
     right = sound.speak([take])[0]
     mel = sound.mels([take])[0]
+    at_once = marking.speak([take])[0].cpu().numpy()
+    print(f"  marked in one go, read as {package.get_watermark(at_once, sample_rate=24_000, round=False):.3f}")
     for name, ends in (
         ("growing: 15, 40, 90, 190, 250", (15, 40, 90, 190, 250)),
         ("even: every 25", tuple(range(25, 251, 25))),
         ("late: 125, 250", (125, 250)),
     ):
-        stream = Stream()
-        parts, mels = [], []
+        stream, other = Stream(), Stream()
+        parts, mels, marked = [], [], []
         for end in ends:
             one = replace(take, tokens=take.tokens[:end], final=end == 250, stream=stream)
             mels.append(sound.mels([one])[0])
             parts.append(sound.speak([one])[0])
+            marked.append(marking.speak([replace(one, stream=other)])[0])
         said = torch.cat(parts)
+        read = package.get_watermark(torch.cat(marked).cpu().numpy(), sample_rate=24_000, round=False)
         errors = ", ".join(f"{decibels(part, mel[: len(part)]):.1f}" for part in mels)
         print(
             f"  {name}: samples {decibels(said, right):.1f} dB, loudness of each 20 ms {contour(said, right):.1f} dB, "
             f"spectra {spectral(said, right):.2f} dB apart; {len(said) - len(right)} samples too many; "
-            f"mel so far against mel in the end: {errors}",
+            f"mel so far against mel in the end: {errors}; marked, read as {read:.3f}",
             flush=True,
         )
 
@@ -436,7 +483,7 @@ def turbo(bench: Bench) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (same, flows, vocoders, whole, first, exact, chunks, turbo)
+    part.__name__: part for part in (same, flows, vocoders, whole, first, mark, exact, chunks, turbo)
 }  # what is dear to know first
 
 

@@ -28,6 +28,7 @@ class Recordings:
         self._kept_most = kept
         self._kept: OrderedDict[Hashable, Recording[Any]] = OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None
         self.refused = 0
         """Functions that could not be recorded, and are called."""
 
@@ -41,9 +42,12 @@ class Recordings:
             return self._kept[key]
         made = Recording(function, blank())
         if self._record:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                # One for all of them, for cuBLAS keeps a workspace for each.
+                self._stream = torch.cuda.Stream(self._device)
             try:
-                made.record(self._pool)
+                made.record(self._pool, self._stream)
             except RuntimeError as error:
                 self.refused += 1
                 log.warning("cannot record %s as a CUDA graph, and calls it: %s", key, str(error).splitlines()[0])
@@ -64,8 +68,7 @@ class Recording(Generic[T]):
         self.graph: Any = None
         self._outputs: Any = None
 
-    def record(self, pool: Any) -> None:
-        stream = torch.cuda.Stream()
+    def record(self, pool: Any, stream: Any) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(REHEARSALS):

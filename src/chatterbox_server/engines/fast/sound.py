@@ -14,6 +14,7 @@ from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow, Gelu
 from chatterbox_server.engines.fast.layers import Attention, Compile
 from chatterbox_server.engines.fast.recorded import Recording, Recordings
 from chatterbox_server.engines.fast.vocoder import Heard, Layout, Vocoder
+from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 
 SAMPLE_RATE_HZ: Final = 24_000
 
@@ -100,8 +101,20 @@ class _Share:
 class Sound:
     """S3Gen of one model. For one thread and one stream of CUDA, which need not be the default one."""
 
-    def __init__(self, s3gen: Any, *, device: str, flow_steps: int | None, how: How | None = None) -> None:
-        """``flow_steps`` as the package's ``inference`` takes them: ``None`` for the model's own."""
+    def __init__(
+        self,
+        s3gen: Any,
+        *,
+        device: str,
+        flow_steps: int | None,
+        how: How | None = None,
+        watermarker: Any = None,
+    ) -> None:
+        """``flow_steps`` as the package's ``inference`` takes them: ``None`` for the model's own.
+
+        What is said is marked as ``watermarker`` would, the package's, or not at all. A chunk is marked with what was
+        said before it and what is held back after it, so that it goes on as the one before would have.
+        """
         how = how or How()
         steps = flow_steps or (2 if s3gen.meanflow else 10)
         self.how = how
@@ -121,6 +134,9 @@ class Sound:
             self._rise = s3gen.trim_fade.detach().to(device)
             fade = FADE * self._vocoder.samples_per_frame
             self._fade = (1 - torch.cos(torch.linspace(0, torch.pi, fade, device=device))) / 2
+        self._watermark = (
+            None if watermarker is None else Watermark(watermarker, sample_rate_hz=SAMPLE_RATE_HZ, device=device)
+        )
         self.recordings = Recordings(device=device, kept=RECORDINGS_KEPT, record=how.graphs)
 
     def warm_up(self, shapes: Iterable[tuple[int, int, int]]) -> None:
@@ -199,7 +215,12 @@ class Sound:
 
     def _spoken(self, batch: Sequence[_Share]) -> list[Any]:
         mel = self._mel(batch).play()
-        samples, phases = self._heard(batch, mel).play()
+        heard = self._heard(batch, mel)
+        samples, phases = heard.play()
+        if self._watermark is not None:
+            # What is played next may write over it.
+            phases = phases.clone()
+            samples = self._marked(self._watermark, samples, heard.inputs.frames)
         return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
     def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
@@ -245,6 +266,15 @@ class Sound:
             if share.take.stream is not None and share.take.stream.phase is not None:
                 heard.phase[row].copy_(share.take.stream.phase)
         return recording
+
+    def _marked(self, watermark: Watermark, samples: Any, frames: Any) -> Any:
+        def blank() -> Sounds:
+            return Sounds(torch.zeros_like(samples), frames * self._vocoder.samples_per_frame)
+
+        recording = self.recordings.find(("mark", *samples.shape), watermark, blank)
+        recording.inputs.samples.copy_(samples)
+        torch.mul(frames, self._vocoder.samples_per_frame, out=recording.inputs.lengths)
+        return recording.play()
 
     def _from_mel(self, heard: Heard) -> tuple[Any, Any]:
         samples, phases = self._vocoder(heard)
