@@ -26,6 +26,11 @@ _ROUNDS: Final = 10
 Bits = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def word(seed: int) -> int:
+    """The number with the same 64 bits that an int64 tensor holds; bits beyond do not count."""
+    return (seed & (2**64 - 1)) - 2**64 * (seed >> 63 & 1)
+
+
 def philox(counter: Bits, key: tuple[torch.Tensor, torch.Tensor]) -> Bits:
     """Four words of 32 random bits for each counter; words are int64 tensors, broadcast against each other."""
     first, second, third, fourth = counter

@@ -1,4 +1,4 @@
-"""How the package's models differ: what each is called, takes and heeds, and how it makes speech tokens of text."""
+"""How the package's models differ: what each is called, takes and heeds; how text and speech become its tokens."""
 
 import importlib
 from collections.abc import Callable
@@ -25,28 +25,40 @@ class Kind:
 
     module: str
     class_name: str
-    tokens: Callable[[Any, Utterance, Any], Any]
-    """The model, what to say, T3's conditionals (a copy: they are written into) → speech tokens, in one row."""
+    text: Callable[[Any, Utterance], Any]
+    """The model and what to say → text tokens: in two rows where the second is to be without guidance, else in one."""
+    infer: Callable[[Any, Utterance, Any, Any], Any]
+    """The model, what to say, its text tokens, T3's conditionals → all that T3 chose, in one row."""
+    speech: Callable[[Any], Any]
+    """Of what T3 chose, in one row, what S3Gen can make sound of."""
     defaults: Sampling
     languages: tuple[str, ...] = ("en",)
+    expressive: bool = True
+    """Heeds ``exaggeration``."""
     flow_steps: int | None = None
     """Of S3Gen; ``None``: its own."""
     levels_recordings: bool = False
     shortest_recording_s: float = SHORTEST_RECORDING_S
 
 
-def guided(model: Any, utterance: Utterance, conditionals: Any, **language: str) -> Any:
-    """Text in two rows, the second without guidance."""
+def guided_text(model: Any, utterance: Utterance, **language: str) -> Any:
+    """In two rows, the second of which loses its text."""
     import torch
-    from chatterbox.models.s3tokenizer import drop_invalid_tokens
 
-    t3, sampling = model.t3, utterance.sampling
-    conditionals.emotion_adv = sampling.exaggeration * torch.ones(1, 1, 1, device=t3.device)
+    t3 = model.t3
     text = model.tokenizer.text_to_tokens(_punctuated(model, utterance.text), **language).to(t3.device)
     text = torch.cat([text, text])
     text = torch.nn.functional.pad(text, (1, 0), value=t3.hp.start_text_token)
-    text = torch.nn.functional.pad(text, (0, 1), value=t3.hp.stop_text_token)
-    speech = t3.inference(
+    return torch.nn.functional.pad(text, (0, 1), value=t3.hp.stop_text_token)
+
+
+def multilingual_text(model: Any, utterance: Utterance) -> Any:
+    return guided_text(model, utterance, language_id=utterance.language)
+
+
+def guided(model: Any, utterance: Utterance, text: Any, conditionals: Any) -> Any:
+    sampling = utterance.sampling
+    return model.t3.inference(
         t3_cond=conditionals,
         text_tokens=text,
         max_new_tokens=MOST_TOKENS,
@@ -55,33 +67,58 @@ def guided(model: Any, utterance: Utterance, conditionals: Any, **language: str)
         repetition_penalty=sampling.repetition_penalty,
         min_p=sampling.min_p,
         top_p=sampling.top_p,
-    )
-    speech = drop_invalid_tokens(speech[0])
+    )[0]
+
+
+def guided_speech(chosen: Any) -> Any:
+    from chatterbox.models.s3tokenizer import drop_invalid_tokens
+
+    speech = drop_invalid_tokens(chosen)
     # Multilingual's own ``generate`` leaves these in; S3Gen has no row for them, and a GPU would be poisoned.
     return speech[speech < SOUNDS]
 
 
-def multilingual(model: Any, utterance: Utterance, conditionals: Any) -> Any:
-    return guided(model, utterance, conditionals, language_id=utterance.language)
-
-
-def turbo(model: Any, utterance: Utterance, conditionals: Any) -> Any:
-    """Exaggeration, cfg_weight and min_p it does not know."""
-    import torch
-    from chatterbox.models.s3gen.const import S3GEN_SIL
-
-    t3, sampling = model.t3, utterance.sampling
+def turbo_text(model: Any, utterance: Utterance) -> Any:
     text = model.tokenizer(_punctuated(model, utterance.text), return_tensors="pt", padding=True, truncation=True)
-    speech = t3.inference_turbo(
+    return text.input_ids.to(model.t3.device)
+
+
+def turbo(model: Any, utterance: Utterance, text: Any, conditionals: Any) -> Any:
+    """Exaggeration, cfg_weight and min_p it does not know."""
+    sampling = utterance.sampling
+    return model.t3.inference_turbo(
         t3_cond=conditionals,
-        text_tokens=text.input_ids.to(t3.device),
+        text_tokens=text,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         repetition_penalty=sampling.repetition_penalty,
     )
-    silence = torch.full((3,), S3GEN_SIL, device=speech.device)
-    return torch.cat([speech[speech < SOUNDS], silence])
+
+
+def turbo_speech(chosen: Any) -> Any:
+    import torch
+    from chatterbox.models.s3gen.const import S3GEN_SIL
+
+    # inference_turbo hands over a row of a batch of one.
+    chosen = chosen.flatten()
+    return torch.cat([chosen[chosen < SOUNDS], torch.full((3,), S3GEN_SIL, device=chosen.device)])
+
+
+def conditioned(kind: Kind, utterance: Utterance, conditionals: Any) -> Any:
+    """``conditionals``, a copy that may be written into, as T3 is to have them for this utterance."""
+    import torch
+
+    if kind.expressive:
+        device = conditionals.speaker_emb.device
+        conditionals.emotion_adv = utterance.sampling.exaggeration * torch.ones(1, 1, 1, device=device)
+    return conditionals
+
+
+def tokens(kind: Kind, model: Any, utterance: Utterance, conditionals: Any) -> Any:
+    """All of it by the package's own loop: speech tokens for S3Gen, in one row."""
+    text = kind.text(model, utterance)
+    return kind.speech(kind.infer(model, utterance, text, conditioned(kind, utterance, conditionals)))
 
 
 def _punctuated(model: Any, text: str) -> str:
@@ -101,14 +138,19 @@ KINDS: Final[dict[str, Kind]] = {
     "chatterbox": Kind(
         module="chatterbox.tts",
         class_name="ChatterboxTTS",
-        tokens=guided,
+        text=guided_text,
+        infer=guided,
+        speech=guided_speech,
         defaults=Sampling(),
     ),
     "turbo": Kind(
         module="chatterbox.tts_turbo",
         class_name="ChatterboxTurboTTS",
-        tokens=turbo,
+        text=turbo_text,
+        infer=turbo,
+        speech=turbo_speech,
         defaults=Sampling(exaggeration=0.0, cfg_weight=0.0, min_p=0.0, top_p=0.95),
+        expressive=False,
         flow_steps=2,
         levels_recordings=True,
         # Its own assertion: "Audio prompt must be longer than 5 seconds!"
@@ -117,7 +159,9 @@ KINDS: Final[dict[str, Kind]] = {
     "multilingual": Kind(
         module="chatterbox.mtl_tts",
         class_name="ChatterboxMultilingualTTS",
-        tokens=multilingual,
+        text=multilingual_text,
+        infer=guided,
+        speech=guided_speech,
         defaults=Sampling(repetition_penalty=2.0),
         languages=_MULTILINGUAL,
     ),

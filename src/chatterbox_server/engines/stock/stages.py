@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import Errand, Utterance
-from chatterbox_server.engines.stock import dice
+from chatterbox_server.engines.stock import dice, kinds
 from chatterbox_server.engines.stock.kinds import Kind
 from chatterbox_server.engines.stock.placement import Placement
 from chatterbox_server.engines.stock.voices import Voice, Voices
@@ -57,7 +57,7 @@ class Stages:
             # Last, for hearing a recording may draw numbers. Seeds every GPU as well.
             torch.manual_seed(utterance.seed)
             with self._precision(self._placement.t3), _hooked(self.model.t3.tfmr, errand):
-                speech = self._kind.tokens(self.model, utterance, voice.for_t3())
+                speech = kinds.tokens(self._kind, self.model, utterance, voice.for_t3())
             return Tokens(speech.cpu(), voice, dice.taken(self._placement.t3))
 
     def sound(self, tokens: Tokens) -> NDArray[np.float32]:

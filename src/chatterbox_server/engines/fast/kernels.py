@@ -1,0 +1,495 @@
+"""T3's step in Triton: the arithmetic of ``backbone`` and ``sampling`` for one position a row, in few launches.
+
+A step moves every weight once and computes next to nothing, so what counts is bytes and launches. For a few rows each
+matrix is read by one kernel that also does what comes before it (norm, sum of parts, merging of attention's splits)
+and after it (turning, gating, storing in the cache); five kernels a layer. With programmatic dependent launch a kernel
+asks for its weights before the one in front of it has ended. Many rows go through cuBLAS, with kernels in between.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# ruff: noqa: N803 (Triton's constants are written so), ANN001, ANN201
+
+
+@triton.jit
+def _ready(EARLY: tl.constexpr):
+    """From here on, what the kernels in front have written may be read; the next may begin to load its weights."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def _normed(x, D: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr):
+    """Llama takes no mean off."""
+    if not GATED:
+        x = x - tl.sum(x, 0) / D
+    return x * tl.rsqrt(tl.sum(x * x, 0) / D + EPS)
+
+
+@triton.jit
+def _row(x, parts, m, M: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
+    """A row of the residual stream, with what the last matrix has left in parts."""
+    d = tl.arange(0, D)
+    row = tl.load(x + m * D + d)
+    for part in tl.static_range(PARTS):
+        row += tl.load(parts + (part * M + m) * D + d)
+    return row
+
+
+# A product of a few rows is done in WAYS slices of the inputs at once, a warp each, for one after another they would
+# wait for each other: matrices are (WAYS, outputs, inputs / WAYS), rows (WAYS, inputs / WAYS, PAD).
+
+
+@triton.jit
+def _matrix(weight, n, begin, stride, INPUTS: tl.constexpr, WAYS: tl.constexpr, limit):
+    way = tl.arange(0, WAYS)[:, None, None]
+    k = tl.arange(0, INPUTS // WAYS)[None, None, :]
+    place = n[None, :, None] * stride + begin + way * (INPUTS // WAYS) + k
+    return tl.load(weight + place, mask=n[None, :, None] < limit, other=0.0)
+
+
+@triton.jit
+def _with_row(rows, row, m, INPUTS: tl.constexpr, WAYS: tl.constexpr, PAD: tl.constexpr):
+    there = tl.arange(0, PAD)[None, None, :] == m
+    return tl.where(there, tl.reshape(row, [WAYS, INPUTS // WAYS])[:, :, None], rows)
+
+
+@triton.jit
+def _product(matrix, rows):
+    """``(outputs, PAD)``, in float32."""
+    return tl.sum(tl.dot(matrix, rows, input_precision="ieee"), 0)
+
+
+@triton.jit
+def embed(
+    x, slots, last, count, position, speech, speech_positions, wpe, rows, at,
+    ROWS: tl.constexpr, D: tl.constexpr, LEARNED: tl.constexpr, GATED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The token that was chosen last, for each row of its slot; and where in the cache those rows are."""
+    _ready(EARLY)
+    b = tl.program_id(0)
+    d = tl.arange(0, D)
+    slot = tl.load(slots + b)
+    here = tl.load(position + slot)
+    row = tl.load(speech + tl.load(last + slot) * D + d)
+    if LEARNED:
+        row += tl.load(speech_positions + tl.load(count + slot) * D + d)
+    if not GATED:
+        row += tl.load(wpe + here * D + d)
+    for r in tl.static_range(ROWS):
+        tl.store(x + (b * ROWS + r) * D + d, row)
+        tl.store(rows + b * ROWS + r, slot * ROWS + r)
+        tl.store(at + b * ROWS + r, here)
+
+
+@triton.jit
+def qkv(
+    x, parts, x_out, weight, bias, cos, sin, rows, at, query, keys, values, row_stride, head_stride,
+    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    WAYS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Sum of parts, norm, projections, turning, and into the cache. Each program has a slice of a head, both halves."""
+    SLICES: tl.constexpr = HD // 2 // BLOCK
+    HEADS: tl.constexpr = D // HD
+    pid = tl.program_id(0)
+    which = pid // (HEADS * SLICES)
+    head = (pid // SLICES) % HEADS
+    i = tl.arange(0, 2 * BLOCK)
+    n = which * D + head * HD + (pid % SLICES) * BLOCK + i % BLOCK + i // BLOCK * (HD // 2)
+    w = _matrix(weight, n, 0, D, D, WAYS, 3 * D)
+    _ready(EARLY)
+    d = tl.arange(0, D)
+    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
+    for m in tl.static_range(M):
+        row = _row(x, parts, m, M, D, PARTS)
+        if PARTS > 0:
+            if pid == 0:
+                tl.store(x_out + m * D + d, row)
+        given = _with_row(given, _normed(row, D, EPS, GATED).to(w.dtype), m, D, WAYS, PAD)
+    out = _product(w, given)
+    if BIAS:
+        out += tl.load(bias + n).to(tl.float32)[:, None]
+    one, two = tl.split(tl.permute(tl.reshape(out, [2, BLOCK, PAD]), (1, 2, 0)))
+    inside = ((pid % SLICES) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    column = tl.arange(0, PAD)
+    there = column[None, :] < M
+    here = tl.load(at + column, mask=column < M, other=0)[None, :]
+    kept = tl.load(rows + column, mask=column < M, other=0).to(tl.int64)[None, :] * row_stride
+    kept += head * head_stride + here * HD + inside
+    if GATED:
+        if which < 2:
+            c = tl.load(cos + here * HD + inside)
+            s = tl.load(sin + here * HD + inside)
+            one, two = one * c - two * s, two * c + one * s
+    asked = column[None, :] * D + head * HD + inside
+    if which == 0:
+        tl.store(query + asked, one, mask=there)
+        tl.store(query + asked + HD // 2, two, mask=there)
+    elif which == 1:
+        tl.store(keys + kept, one.to(keys.dtype.element_ty), mask=there)
+        tl.store(keys + kept + HD // 2, two.to(keys.dtype.element_ty), mask=there)
+    else:
+        tl.store(values + kept, one.to(values.dtype.element_ty), mask=there)
+        tl.store(values + kept + HD // 2, two.to(values.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def attend(
+    query, keys, values, rows, at, mixed, tops, sums, row_stride, head_stride,
+    D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One row's head over its part of the cache. With one split the result is whole, else for ``merge`` to finish."""
+    _ready(EARLY)
+    HEADS: tl.constexpr = D // HD
+    SCALE: tl.constexpr = 1.4426950408889634 / HD**0.5
+    m = tl.program_id(0) // HEADS
+    head = tl.program_id(0) % HEADS
+    split = tl.program_id(1)
+    length = tl.load(at + m) + 1
+    base = tl.load(rows + m).to(tl.int64) * row_stride + head * head_stride
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+    d = tl.arange(0, HD)
+    q = tl.load(query + m * D + head * HD + d).to(tl.float32) * SCALE
+    top = -float("inf")
+    total = 0.0
+    acc = tl.zeros([HD], tl.float32)
+    for l0 in range(begin, end, BLOCK):
+        place = l0 + tl.arange(0, BLOCK)
+        there = place < end
+        k = tl.load(keys + base + place[:, None] * HD + d[None, :], mask=there[:, None], other=0.0)
+        v = tl.load(values + base + place[:, None] * HD + d[None, :], mask=there[:, None], other=0.0)
+        score = tl.where(there, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 0))
+        weight = tl.exp2(score - higher)
+        fade = tl.exp2(top - higher)
+        acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
+        total = total * fade + tl.sum(weight, 0)
+        top = higher
+    if SPLITS == 1:
+        tl.store(mixed + m * D + head * HD + d, (acc / total).to(mixed.dtype.element_ty))
+    else:
+        place = (m * SPLITS + split) * HEADS + head
+        tl.store(mixed + place * HD + d, acc)
+        tl.store(tops + place, top)
+        tl.store(sums + place, total)
+
+
+@triton.jit
+def attend_back(
+    query, keys, values, rows, at, mixed, row_stride, head_stride,
+    LENGTH: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As ``attend``, for LENGTH positions of a row that follow each other; a program has BLOCK of them."""
+    HEADS: tl.constexpr = D // HD
+    SCALE: tl.constexpr = 1.4426950408889634 / HD**0.5
+    m0 = tl.program_id(0) // HEADS * LENGTH + tl.program_id(1) * BLOCK
+    head = tl.program_id(0) % HEADS
+    m = m0 + tl.arange(0, BLOCK)
+    d = tl.arange(0, HD)
+    here = tl.load(at + m)
+    base = tl.load(rows + m0).to(tl.int64) * row_stride + head * head_stride
+    q = (tl.load(query + m[:, None] * D + head * HD + d[None, :]).to(tl.float32) * SCALE).to(keys.dtype.element_ty)
+    top = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK, HD], tl.float32)
+    for l0 in range(0, tl.load(at + m0) + BLOCK, BLOCK):
+        place = l0 + tl.arange(0, BLOCK)
+        k = tl.load(keys + base + place[None, :] * HD + d[:, None])
+        v = tl.load(values + base + place[:, None] * HD + d[None, :])
+        score = tl.dot(q, k, input_precision="ieee")
+        score = tl.where(place[None, :] <= here[:, None], score, -float("inf"))
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(top - higher)
+        acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        total = total * fade + tl.sum(weight, 1)
+        top = higher
+    out = (acc / total[:, None]).to(mixed.dtype.element_ty)
+    tl.store(mixed + m[:, None] * D + head * HD + d[None, :], out)
+
+
+@triton.jit
+def _merged(mixed, tops, sums, m, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr):
+    """A row of what attention's splits have found."""
+    HEADS: tl.constexpr = D // HD
+    d = tl.arange(0, D)
+    h = d // HD
+    top = tl.full([D], -float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(tops + (m * SPLITS + split) * HEADS + h))
+    row = tl.zeros([D], tl.float32)
+    total = tl.zeros([D], tl.float32)
+    for split in tl.static_range(SPLITS):
+        place = (m * SPLITS + split) * HEADS
+        # A split that had no position has a top of minus infinity, and counts for nothing.
+        share = tl.exp2(tl.load(tops + place + h) - top)
+        row += share * tl.load(mixed + place * HD + d)
+        total += share * tl.load(sums + place + h)
+    return row / total
+
+
+@triton.jit
+def merge(mixed, tops, sums, whole, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr):
+    """Attention's splits, for cuBLAS."""
+    m = tl.program_id(0)
+    row = _merged(mixed, tops, sums, m, D, HD, SPLITS)
+    tl.store(whole + m * D + tl.arange(0, D), row.to(whole.dtype.element_ty))
+
+
+@triton.jit
+def project(
+    x, mixed, tops, sums, weight, bias,
+    M: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Attention's splits merged, projected, and added to the residual stream."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, D)
+    w = tl.load(weight + n[:, None] * D + d[None, :]).to(tl.float32)
+    _ready(EARLY)
+    for m in tl.static_range(M):
+        row = _merged(mixed, tops, sums, m, D, HD, SPLITS)
+        out = tl.sum(w * row[None, :], 1)
+        if BIAS:
+            out += tl.load(bias + n).to(tl.float32)
+        tl.store(x + m * D + n, tl.load(x + m * D + n) + out)
+
+
+@triton.jit
+def _gelu(x):
+    """GPT-2's, by tanh."""
+    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(2.0 * inner)
+
+
+@triton.jit
+def raise_(
+    x, raised, weight, bias,
+    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Norm, the first matrix of the feed-forward net, and its activation."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = _matrix(weight, n, 0, D, D, WAYS, F)
+    if GATED:
+        w_through = _matrix(weight, n + F, 0, D, D, WAYS, 2 * F)
+    _ready(EARLY)
+    d = tl.arange(0, D)
+    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
+    for m in tl.static_range(M):
+        row = _normed(tl.load(x + m * D + d), D, EPS, GATED).to(w.dtype)
+        given = _with_row(given, row, m, D, WAYS, PAD)
+    out = _product(w, given)
+    if GATED:
+        out = out * tl.sigmoid(out) * _product(w_through, given)
+    else:
+        if BIAS:
+            out += tl.load(bias + n).to(tl.float32)[:, None]
+        out = _gelu(out)
+    column = tl.arange(0, PAD)[None, :]
+    tl.store(raised + column * F + n[:, None], out.to(raised.dtype.element_ty), mask=column < M)
+
+
+@triton.jit
+def lower(
+    raised, parts, weight, bias,
+    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, F: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+    WAYS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The last matrix of the feed-forward net in parts, each over a share of its inputs, for the next kernel to sum."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.program_id(1)
+    w = _matrix(weight, n, part * SHARE, F, SHARE, WAYS, D)
+    _ready(EARLY)
+    f = part * SHARE + tl.arange(0, SHARE)
+    given = tl.zeros([WAYS, SHARE // WAYS, PAD], w.dtype)
+    for m in tl.static_range(M):
+        given = _with_row(given, tl.load(raised + m * F + f).to(w.dtype), m, SHARE, WAYS, PAD)
+    out = _product(w, given)
+    if BIAS:
+        if part == 0:
+            out += tl.load(bias + n).to(tl.float32)[:, None]
+    column = tl.arange(0, PAD)[None, :]
+    tl.store(parts + (part * M + column) * D + n[:, None], out, mask=column < M)
+
+
+@triton.jit
+def head(
+    x, parts, logits, weight, bias,
+    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    WAYS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Sum of parts, norm, logits."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = _matrix(weight, n, 0, D, D, WAYS, V)
+    _ready(EARLY)
+    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
+    for m in tl.static_range(M):
+        row = _normed(_row(x, parts, m, M, D, PARTS), D, EPS, GATED).to(w.dtype)
+        given = _with_row(given, row, m, D, WAYS, PAD)
+    out = _product(w, given)
+    if BIAS:
+        out += tl.load(bias + n, mask=n < V, other=0.0).to(tl.float32)[:, None]
+    column = tl.arange(0, PAD)[None, :]
+    tl.store(logits + column * V + n[:, None], out, mask=(column < M) & (n[:, None] < V))
+
+
+# -- for many rows, around cuBLAS -------------------------------------------------------------------------
+
+
+@triton.jit
+def add_norm(x, add, normed, D: tl.constexpr, ADD: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr):
+    """The residual stream with what is to be added; and its norm."""
+    m = tl.program_id(0)
+    d = tl.arange(0, D)
+    row = tl.load(x + m * D + d)
+    if ADD:
+        row += tl.load(add + m * D + d).to(tl.float32)
+        tl.store(x + m * D + d, row)
+    tl.store(normed + m * D + d, _normed(row, D, EPS, GATED).to(normed.dtype.element_ty))
+
+
+@triton.jit
+def turn(
+    qkv, cos, sin, rows, at, query, keys, values, row_stride, head_stride,
+    D: tl.constexpr, HD: tl.constexpr, TURNS: tl.constexpr,
+):  # fmt: skip
+    """Queries turned; keys turned and values as they are, into the cache. A program has one row."""
+    m = tl.program_id(0)
+    HEADS: tl.constexpr = D // HD
+    HALF: tl.constexpr = HD // 2
+    here = tl.load(at + m)
+    h = tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    place = m * 3 * D + h * HD + i
+    kept = tl.load(rows + m).to(tl.int64) * row_stride + h * head_stride + here * HD + i
+    q_left = tl.load(qkv + place).to(tl.float32)
+    q_right = tl.load(qkv + place + HALF).to(tl.float32)
+    k_left = tl.load(qkv + place + D).to(tl.float32)
+    k_right = tl.load(qkv + place + D + HALF).to(tl.float32)
+    if TURNS:
+        c = tl.load(cos + here * HD + i)
+        s = tl.load(sin + here * HD + i)
+        q_left, q_right = q_left * c - q_right * s, q_right * c + q_left * s
+        k_left, k_right = k_left * c - k_right * s, k_right * c + k_left * s
+    tl.store(query + m * D + h * HD + i, q_left)
+    tl.store(query + m * D + h * HD + i + HALF, q_right)
+    tl.store(keys + kept, k_left.to(keys.dtype.element_ty))
+    tl.store(keys + kept + HALF, k_right.to(keys.dtype.element_ty))
+    tl.store(values + kept, tl.load(qkv + place + 2 * D))
+    tl.store(values + kept + HALF, tl.load(qkv + place + 2 * D + HALF))
+
+
+@triton.jit
+def gate(raised, out, F: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    """The activation of the feed-forward net."""
+    m = tl.program_id(0)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if GATED:
+        g = tl.load(raised + m * 2 * F + f).to(tl.float32)
+        through = tl.load(raised + m * 2 * F + F + f).to(tl.float32)
+        result = g * tl.sigmoid(g) * through
+    else:
+        result = _gelu(tl.load(raised + m * F + f).to(tl.float32))
+    tl.store(out + m * F + f, result.to(out.dtype.element_ty))
+
+
+# -- the choice -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lane(logits, b, lane, there, cfg, V: tl.constexpr, ROWS: tl.constexpr):
+    if ROWS == 2:
+        with_text = tl.load(logits + b * 2 * V + lane, mask=there, other=0.0).to(tl.float32)
+        without = tl.load(logits + (b * 2 + 1) * V + lane, mask=there, other=0.0).to(tl.float32)
+        return with_text + cfg * (with_text - without)
+    return tl.load(logits + b * V + lane, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _score(logits, seen, slot, b, lane, cfg, temperature, penalty, V: tl.constexpr, ROWS: tl.constexpr):
+    """Penalty and temperature, in the order of each model's own loop."""
+    there = lane < V
+    score = _lane(logits, b, lane, there, cfg, V, ROWS)
+    if ROWS == 1:
+        score = score / temperature
+    before = tl.load(seen + slot * V + lane, mask=there, other=0) != 0
+    score = tl.where(before, tl.where(score < 0, score * penalty, score / penalty), score)
+    if ROWS == 2:
+        score = score / temperature
+    return tl.where(there, score, -float("inf"))
+
+
+@triton.jit
+def _clock(score, top, min_p, bits):
+    """How soon a token's clock rings: the larger, the sooner. Unlikely ones have none."""
+    likely = tl.exp(score - top)
+    likely = tl.where(likely < min_p, 0.0, likely)
+    u = ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    # What rings first has a u close to 1, where the GPU's own logarithm keeps few digits: there by its series.
+    v = ((16777215 - (bits >> 8)).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v / 7))))))
+    return likely / tl.where(v < 0.0625, series, -tl.log(u))
+
+
+@triton.jit
+def choose(
+    logits, slots, wanted, seeds, cfgs, temperatures, min_ps, penalties, seen, last, count, position, limit, done,
+    tokens, ended, READ: tl.constexpr, STOP: tl.constexpr, START: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    QUADS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The next token of a slot, and all that is to be remembered of it; for those of whom nobody needs a sorted list.
+
+    While prompts are READ only those are ``wanted``, by a number that is not negative, whose last place was.
+    Four lanes for each counter of ``noise``: lane 4 q + w has word w of counter q.
+    """
+    _ready(EARLY)
+    b = tl.program_id(0)
+    slot = tl.load(slots + b)
+    cfg, temperature = tl.load(cfgs + slot), tl.load(temperatures + slot)
+    min_p, penalty = tl.load(min_ps + slot), tl.load(penalties + slot)
+    if ROWS == 1:
+        min_p = 0.0
+    chosen_so_far = tl.load(count + slot)
+    if READ:
+        alive = tl.load(wanted + b) >= 0
+    else:
+        alive = tl.load(done + slot) == 0
+    quad = tl.arange(0, QUADS)
+    zero = tl.zeros([QUADS], tl.int32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seeds + slot), quad, zero + chosen_so_far.to(tl.int32), zero, zero)
+    s0 = _score(logits, seen, slot, b, quad * 4, cfg, temperature, penalty, V, ROWS)
+    s1 = _score(logits, seen, slot, b, quad * 4 + 1, cfg, temperature, penalty, V, ROWS)
+    s2 = _score(logits, seen, slot, b, quad * 4 + 2, cfg, temperature, penalty, V, ROWS)
+    s3 = _score(logits, seen, slot, b, quad * 4 + 3, cfg, temperature, penalty, V, ROWS)
+    top = tl.maximum(tl.maximum(tl.max(s0, 0), tl.max(s1, 0)), tl.maximum(tl.max(s2, 0), tl.max(s3, 0)))
+    c0 = _clock(s0, top, min_p, w0)
+    c1 = _clock(s1, top, min_p, w1)
+    c2 = _clock(s2, top, min_p, w2)
+    c3 = _clock(s3, top, min_p, w3)
+    best = tl.maximum(tl.maximum(c0, c1), tl.maximum(c2, c3))
+    lane = quad * 4 + tl.where(c0 == best, 0, tl.where(c1 == best, 1, tl.where(c2 == best, 2, 3)))
+    highest = tl.max(best, 0)
+    token = tl.min(tl.where(best == highest, lane, 4 * QUADS), 0).to(tl.int64)
+    before = tl.load(last + slot)
+    token = tl.where(alive, tl.minimum(token, V - 1), before)
+    if ROWS == 1:
+        if alive:
+            tl.store(seen + slot * V + START, False)
+        tl.debug_barrier()
+    if alive:
+        tl.store(seen + slot * V + token, True)
+        tl.store(last + slot, token)
+        tl.store(count + slot, chosen_so_far + 1)
+        if not READ:
+            tl.store(position + slot, tl.load(position + slot) + 1)
+    over = (token == STOP) | (chosen_so_far + 1 >= tl.load(limit + slot))
+    if alive:
+        tl.store(done + slot, over)
+    tl.store(tokens + b, token)
+    tl.store(ended + b, over | (alive == 0))

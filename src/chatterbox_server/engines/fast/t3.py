@@ -1,0 +1,150 @@
+"""T3's work in the sizes in which it is done: captured as CUDA graphs where there is a GPU, else done as it comes.
+
+A size is a number of slots that step together, or of prompts that are read together; what is fewer is filled up with the
+slot that is nobody's. Results come back behind an event, so that the next work is on its way before the last is known.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from chatterbox_server.engines.fast.slots import CHUNK, Bite, Chosen, Slots
+
+READERS: Final = (1, 4, 8)
+"""Prompts that are read together."""
+
+
+@dataclass(slots=True)
+class Work:
+    """Something that was begun: for which slots, and what came of it once ``wait`` is back."""
+
+    slots: tuple[int, ...]
+    heard: tuple[bool, ...]
+    """Whether that slot's token is one that was chosen now."""
+    _tokens: torch.Tensor
+    _ended: torch.Tensor
+    _event: Any = None
+
+    @property
+    def there(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+    def wait(self) -> list[tuple[int, int, bool]]:
+        """Slot, token, and whether it was the last, of each slot that chose one."""
+        if self._event is not None:
+            self._event.synchronize()
+        told = zip(self.slots, self.heard, self._tokens.tolist(), self._ended.tolist(), strict=False)
+        return [(slot, token, ended) for slot, heard, token, ended in told if heard]
+
+
+@dataclass(slots=True)
+class _Size:
+    """Inputs and outputs of one size, which never move, and the graphs that work on them, by whether they sort."""
+
+    inputs: tuple[torch.Tensor, ...]
+    work: Callable[[bool], Chosen]
+    graphs: dict[bool, tuple[Any, Chosen]] = field(default_factory=dict)
+    told: Any = None
+    """What the inputs hold now."""
+
+
+class T3:
+    """Of some slots. For one thread, and on a GPU for one stream."""
+
+    def __init__(self, slots: Slots, *, by_kernels: bool = False, early: bool = False, capture: bool = True) -> None:
+        """``by_kernels``: steps are Triton's, else torch's. ``capture`` is heeded on a GPU alone."""
+        self.slots = slots
+        self._on_gpu = slots.device.type == "cuda"
+        self._capture = capture and self._on_gpu
+        self._pool = torch.cuda.graph_pool_handle() if self._capture else None
+        sizes = sorted({min(2**power, slots.slots) for power in range(slots.slots.bit_length() + 1)})
+        self._steps = {size: self._stepping(size, by_kernels=by_kernels, early=early) for size in sizes}
+        self._reads = {size: self._reading(size, by_kernels=by_kernels) for size in READERS}
+
+    def warm_up(self) -> None:
+        """Capture every size, so that nobody waits for it later."""
+        for size in (*self._steps.values(), *self._reads.values()):
+            for sort in (False, True):
+                self._run(size, sort=sort)
+
+    def step(self, slots: Sequence[int], *, sort: bool) -> Work:
+        """A token more in each of ``slots``, no more than there are."""
+        size = self._steps[min(size for size in self._steps if size >= len(slots))]
+        filled = (*slots, *[self.slots.spare] * (size.inputs[0].numel() - len(slots)))
+        if size.told != filled:
+            size.told = filled
+            self._tell(size.inputs[0], filled)
+        return self._begun(tuple(slots), (True,) * len(slots), self._run(size, sort=sort))
+
+    def read(self, bites: Sequence[Bite], *, sort: bool) -> Work:
+        """Bites of prompts of different slots, no more than the last of ``READERS``."""
+        size = self._reads[min(size for size in self._reads if size >= len(bites))]
+        x, *rest = size.inputs
+        for tensor, numbers in zip(rest, self.slots.fill(x, bites), strict=True):
+            self._tell(tensor, numbers)
+        return self._begun(
+            tuple(bite.slot for bite in bites), tuple(bite.last for bite in bites), self._run(size, sort=sort)
+        )
+
+    def _stepping(self, size: int, *, by_kernels: bool, early: bool) -> _Size:
+        slots = torch.full((size,), self.slots.spare, device=self.slots.device)
+        if by_kernels:
+            from chatterbox_server.engines.fast.stepper import Stepper
+
+            stepper = Stepper(self.slots, size, early=early)
+            return _Size((slots,), lambda sort: stepper.step(slots, sort=sort))
+        return _Size((slots,), lambda sort: self.slots.step(slots, sort=sort))
+
+    def _reading(self, size: int, *, by_kernels: bool) -> _Size:
+        of = self.slots
+        x = torch.zeros(size, of.rows, CHUNK, of.backbone.dim, device=of.device)
+        slots = torch.full((size,), of.spare, device=of.device)
+        begins, lasts = torch.zeros_like(slots), torch.full_like(slots, -1)
+        inputs = (x, slots, begins, lasts)
+        if by_kernels:
+            from chatterbox_server.engines.fast.stepper import Stepper
+
+            stepper = Stepper(self.slots, size, reads=True)
+            return _Size(inputs, lambda sort: stepper.read(*inputs, sort=sort))
+        return _Size(inputs, lambda sort: of.read(*inputs, sort=sort))
+
+    def _run(self, size: _Size, *, sort: bool) -> Chosen:
+        if not self._capture:
+            return size.work(sort)
+        if sort not in size.graphs:
+            size.graphs[sort] = self._captured(size, sort=sort)
+        graph, chosen = size.graphs[sort]
+        graph.replay()
+        return chosen
+
+    def _captured(self, size: _Size, *, sort: bool) -> tuple[Any, Chosen]:
+        # What the inputs hold would be done again and again: the spare slot may.
+        held = tuple(tensor.clone() for tensor in size.inputs)
+        size.inputs[-3 if len(size.inputs) > 1 else 0].fill_(self.slots.spare)
+        stream = torch.cuda.current_stream()
+        for _ in range(2):
+            size.work(sort)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            chosen = size.work(sort)
+        for tensor, before in zip(size.inputs, held, strict=True):
+            tensor.copy_(before)
+        return graph, chosen
+
+    def _tell(self, tensor: torch.Tensor, numbers: Sequence[int]) -> None:
+        told = torch.tensor(numbers)
+        # A pinned tensor is kept by torch until the copy is done.
+        tensor.copy_(told.pin_memory() if self._on_gpu else told, non_blocking=True)
+
+    def _begun(self, slots: tuple[int, ...], heard: tuple[bool, ...], chosen: Chosen) -> Work:
+        if not self._on_gpu:
+            return Work(slots, heard, *(one.clone() for one in chosen))
+        tokens, ended = (torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in chosen)
+        for there, one in zip((tokens, ended), chosen, strict=True):
+            there.copy_(one, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Work(slots, heard, tokens, ended, event)
