@@ -189,14 +189,16 @@ def same(bench: Bench) -> None:
     together = sound.speak(takes)
     print(f"  recorded {len(sound.recordings)}, refused {sound.recordings.refused}")
     eager = bench.sound(How(graphs=False))
-    for take, one, other in zip(takes, alone, together, strict=True):
+    mels = sound.mels(takes)
+    for place, (take, one, other) in enumerate(zip(takes, alone, together, strict=True)):
         with silenced():
             package = same_noise.inference(bench.s3gen, take.tokens, take.voice, seed=take.seed, steps=bench.steps)
         called = eager.speak([take])[0]
         row = [10 ** (decibels(said, right) / 20) for said, right in ((other, one), (called, one), (one, package))]
+        mel = [10 ** (decibels(said, sound.mels([take])[0]) / 20) for said in (mels[place],)]
         print(
-            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e}, called against recorded {row[1]:.1e}, "
-            f"alone against the package {row[2]:.1e}",
+            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e} (mel {mel[0]:.1e}), "
+            f"called against recorded {row[1]:.1e}, alone against the package {row[2]:.1e}",
             flush=True,
         )
 
@@ -210,21 +212,20 @@ def exact(bench: Bench) -> None:
     half = replace(plain, encoder=HALF, estimator=HALF, vocoder=torch.float16)
     variants = {
         "encoder bf16": replace(plain, encoder=HALF),
-        "encoder fp16": replace(plain, encoder=torch.float16),
         "estimator bf16": replace(plain, estimator=HALF),
         "estimator fp16": replace(plain, estimator=torch.float16),
-        "estimator bf16, tanh": replace(plain, estimator=HALF, gelu="tanh"),
-        "estimator bf16, flash": replace(plain, estimator=HALF, attention="flash"),
-        "estimator bf16, cudnn": replace(plain, estimator=HALF, attention="cudnn"),
+        "estimator bf16, triton, flash": replace(plain, estimator=HALF, kernels="triton", attention="flash"),
+        "estimator bf16, triton, lse-cudnn": replace(plain, estimator=HALF, kernels="triton", attention="lse-cudnn"),
         "vocoder bf16": replace(plain, vocoder=HALF),
         "vocoder fp16": replace(plain, vocoder=torch.float16),
+        "vocoder fp16, triton": replace(plain, vocoder=torch.float16, kernels="triton"),
         "encoder, estimator bf16, vocoder fp16": replace(half, attention="flash"),
-        "all fp16, flash": replace(half, encoder=torch.float16, estimator=torch.float16, attention="flash"),
-        "TF32": plain,
+        "the same, triton": replace(half, attention="flash", kernels="triton"),
+        "all fp16, triton": replace(
+            half, encoder=torch.float16, estimator=torch.float16, attention="flash", kernels="triton"
+        ),
     }
     for name, how in variants.items():
-        if name == "TF32":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
         def measure(how: How) -> str:
             sound = bench.sound(how)
@@ -237,7 +238,6 @@ def exact(bench: Bench) -> None:
             return f"mel {errors[0]}   samples {errors[1]}   spectra {apart}"
 
         print(f"  {name:<40} {attempt(name, partial(measure, how))}", flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 # -- how soon --------------------------------------------------------------------------------------------------
@@ -279,24 +279,21 @@ def timed_flow(bench: Bench, batch: int, name: str, how: How) -> float:
 def flows(bench: Bench) -> None:
     batches = (1, 2) if bench.tiny else (1, 4, 16, 32)
     print(f"\n== flows: encoder and flow of {SPOKEN} tokens after {PROMPT} of a voice: batch, ms, ms a request")
+    torch_s, ours = BASE, replace(BASE, kernels="triton")
     ways = {
-        "flash": BASE,
-        "mask": replace(BASE, attention="mask"),
-        "cudnn": replace(BASE, attention="cudnn"),
-        "full (no padding kept out)": replace(BASE, attention="full"),
-        "flash, fp16": replace(BASE, estimator=torch.float16),
-        "flash, tanh": replace(BASE, gelu="tanh"),
-        "flash, compiled for each shape": replace(BASE, compile="static"),
-        "flash, compiled for all": replace(BASE, compile="dynamic"),
-        "flash, tanh, compiled for all": replace(BASE, compile="dynamic", gelu="tanh"),
+        "torch, flash": torch_s,
+        "torch, full (no padding kept out)": replace(torch_s, attention="full"),
+        "torch, lse-cudnn": replace(torch_s, attention="lse-cudnn"),
+        "triton, flash": ours,
+        "triton, lse-cudnn": replace(ours, attention="lse-cudnn"),
+        "triton, lse-flash": replace(ours, attention="lse-flash"),
+        "triton, full (no padding kept out)": replace(ours, attention="full"),
+        "triton, fp16, lse-cudnn": replace(ours, estimator=torch.float16, attention="lse-cudnn"),
     }
     for name, how in ways.items():
         attempt(name, partial(timed_flow, bench, batches[-2], name, how))
-    called = replace(BASE, graphs=False)
-    for batch in (batches[0], batches[-2]):
-        attempt("called", partial(timed_flow, bench, batch, "flash", called))
     for batch in batches:
-        for name in ("flash", "flash, compiled for all"):
+        for name in ("triton, flash", "triton, lse-cudnn"):
             if batch != batches[-2]:
                 attempt(name, partial(timed_flow, bench, batch, name, ways[name]))
 
@@ -326,22 +323,16 @@ def vocoders(bench: Bench) -> None:
     batch = 2 if bench.tiny else 16
     print(f"\n== vocoders: {SPOKEN * 2} frames: batch, ms, ms a request")
     ways = {
-        "fp16, channels": BASE,
-        "fp16, time": replace(BASE, layout="time"),
-        "bf16, channels": replace(BASE, vocoder=HALF),
-        "fp16, channels, compiled for all": replace(BASE, compile="dynamic"),
-        "fp16, channels, compiled for each shape": replace(BASE, compile="static"),
-        "fp16, time, compiled for all": replace(BASE, compile="dynamic", layout="time"),
-        "fp32, time": replace(BASE, vocoder=torch.float32, layout="time"),
+        "fp16, torch": BASE,
+        "fp16, torch, compiled for all": replace(BASE, compile="dynamic"),
+        "fp16, triton": replace(BASE, kernels="triton"),
+        "bf16, triton": replace(BASE, vocoder=HALF, kernels="triton"),
     }
     for name, how in ways.items():
         attempt(name, partial(timed_vocoder, bench, batch, name, how))
-    torch.backends.cudnn.benchmark = True
-    for name in ("fp16, channels", "fp16, time", "fp16, channels, compiled for all"):
-        attempt(name, partial(timed_vocoder, bench, batch, f"cudnn.benchmark, {name}", ways[name]))
-    torch.backends.cudnn.benchmark = False
     for few in (1,) if bench.tiny else (1, 4):
-        attempt("fp16", partial(timed_vocoder, bench, few, "fp16, channels", BASE))
+        for name in ("fp16, torch", "fp16, triton"):
+            attempt(name, partial(timed_vocoder, bench, few, name, ways[name]))
 
 
 def whole(bench: Bench) -> None:
@@ -358,12 +349,12 @@ def whole(bench: Bench) -> None:
         memory = "-" if bench.tiny else f"{torch.cuda.memory_reserved() / 2**30:.1f}"
         print(
             f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   the CPU is free after {free_ms:.1f} ms, "
-            f"{memory} GiB reserved: {how.compile}",
+            f"{memory} GiB reserved: {how.kernels}",
             flush=True,
         )
 
     for batch in (1, 2) if bench.tiny else (1, 4, 16, 32):
-        for how in (BASE, replace(BASE, compile="dynamic")):
+        for how in (BASE, replace(BASE, kernels="triton")):
             attempt("whole", partial(measure, batch, how))
 
 
@@ -420,8 +411,8 @@ def first(bench: Bench) -> None:
 
     for name, how in (
         ("flash", BASE),
-        ("mask", replace(BASE, attention="mask")),
-        ("flash, compiled for all", replace(BASE, compile="dynamic")),
+        ("flash, triton", replace(BASE, kernels="triton")),
+        ("lse-cudnn, triton", replace(BASE, kernels="triton", attention="lse-cudnn")),
     ):
         for count in (15, 25):
             print(f"  {count} tokens, {name}: {attempt(name, partial(measure, count, how))}", flush=True)

@@ -1,8 +1,9 @@
 """Functions of tensors of fixed shapes, replayed as CUDA graphs: one launch where there were thousands."""
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -13,6 +14,18 @@ log = logging.getLogger(__name__)
 
 REHEARSALS: Final = 2
 """Times that a function runs before it is recorded: kernels are compiled and chosen, workspaces reserved."""
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """What is float32 is so because it has to be; cuDNN tries what is fastest, for it guesses badly at some sizes."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 class Recordings:
@@ -70,18 +83,19 @@ class Recording(Generic[T]):
 
     def record(self, pool: Any, stream: Any) -> None:
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), settings():
             for _ in range(REHEARSALS):
                 self._function(self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may be at work on the same card: only what this one does may not disturb the recording.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with settings(), torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._function(self.inputs)
 
     def play(self) -> Any:
         """What the function makes of ``inputs``: good until any recording of the pool is played."""
         if self.graph is None:
-            return self._function(self.inputs)
+            with settings():
+                return self._function(self.inputs)
         self.graph.replay()
         return self._outputs

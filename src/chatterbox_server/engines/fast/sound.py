@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow, Gelu
-from chatterbox_server.engines.fast.layers import Attention, Compile
+from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow
+from chatterbox_server.engines.fast.layers import Attention, Compile, Kernels
 from chatterbox_server.engines.fast.recorded import Recording, Recordings
 from chatterbox_server.engines.fast.vocoder import Heard, Layout, Vocoder
 from chatterbox_server.engines.fast.watermark import Sounds, Watermark
@@ -42,7 +42,8 @@ class How:
     vocoder: Any = torch.float32
     attention: Attention = "mask"
     compile: Compile = "off"
-    gelu: Gelu = "exact"
+    kernels: Kernels = "torch"
+    """Where parts compute in 16 bits on CUDA; elsewhere torch's."""
     layout: Layout = "channels"
     graphs: bool = True
 
@@ -128,9 +129,15 @@ class Sound:
                 dtype=how.estimator,
                 attention=how.attention,
                 compile=how.compile,
-                gelu=how.gelu,
+                kernels=self._kernels(how, how.estimator),
             )
-            self._vocoder = Vocoder(s3gen.mel2wav, dtype=how.vocoder, layout=how.layout, compile=how.compile)
+            self._vocoder = Vocoder(
+                s3gen.mel2wav,
+                dtype=how.vocoder,
+                layout=how.layout,
+                compile=how.compile,
+                kernels=self._kernels(how, how.vocoder),
+            )
             self._rise = s3gen.trim_fade.detach().to(device)
             fade = FADE * self._vocoder.samples_per_frame
             self._fade = (1 - torch.cos(torch.linspace(0, torch.pi, fade, device=device))) / 2
@@ -232,7 +239,7 @@ class Sound:
             voice = share.take.voice
             own = share.tokens - len(share.take.tokens)
             asked.tokens[row, :own].copy_(voice["prompt_token"][0])
-            asked.tokens[row, own : share.tokens].copy_(share.take.tokens)
+            asked.tokens[row, own : share.tokens].copy_(self._here(share.take.tokens))
             asked.heard[row, : share.prompt].copy_(voice["prompt_feat"][0])
             asked.speaker[row].copy_(voice["embedding"][0])
         told = self._sent(
@@ -298,9 +305,18 @@ class Sound:
             stream.phase = phases[share.end - share.begin].clone()
         return said
 
+    def _kernels(self, how: How, dtype: Any) -> Kernels:
+        return how.kernels if self._device.type == "cuda" and dtype != torch.float32 else "torch"
+
     def _sent(self, rows: Sequence[Sequence[int]]) -> Any:
         """To the device in one piece: (values of each row, rows)."""
-        return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(self._device, non_blocking=True)
+        return self._here(torch.tensor(rows, dtype=torch.int64).T.contiguous())
+
+    def _here(self, told: Any) -> Any:
+        """On the device. From memory that is not pinned, a copy would wait for all that the stream still has to do."""
+        if told.device.type == "cpu" and self._device.type == "cuda":
+            told = told.pin_memory()
+        return told.to(self._device, non_blocking=True)
 
     def _flow_blank(self, rows: int, width: int) -> Asked:
         device, frames = self._device, width * self._flow.frames_per_token
