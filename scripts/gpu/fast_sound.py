@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Read when they are imported.
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
+import perth
 import torch
 from chatterbox.models.s3gen import S3Gen
 from chatterbox.models.s3gen.s3gen import (
@@ -45,6 +46,7 @@ from scripts import same_noise
 from chatterbox_server.engines.fast.encoder import Encoder
 from chatterbox_server.engines.fast.recorded import Recordings
 from chatterbox_server.engines.fast.sound import FADE, HELD, How, Sound, Stream, Take
+from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 from chatterbox_server.engines.stock.silence import silenced
 
 if TYPE_CHECKING:
@@ -187,14 +189,16 @@ def same(bench: Bench) -> None:
     together = sound.speak(takes)
     print(f"  recorded {len(sound.recordings)}, refused {sound.recordings.refused}")
     eager = bench.sound(How(graphs=False))
-    for take, one, other in zip(takes, alone, together, strict=True):
+    mels = sound.mels(takes)
+    for place, (take, one, other) in enumerate(zip(takes, alone, together, strict=True)):
         with silenced():
             package = same_noise.inference(bench.s3gen, take.tokens, take.voice, seed=take.seed, steps=bench.steps)
         called = eager.speak([take])[0]
         row = [10 ** (decibels(said, right) / 20) for said, right in ((other, one), (called, one), (one, package))]
+        mel = [10 ** (decibels(said, sound.mels([take])[0]) / 20) for said in (mels[place],)]
         print(
-            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e}, called against recorded {row[1]:.1e}, "
-            f"alone against the package {row[2]:.1e}",
+            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e} (mel {mel[0]:.1e}), "
+            f"called against recorded {row[1]:.1e}, alone against the package {row[2]:.1e}",
             flush=True,
         )
 
@@ -208,21 +212,20 @@ def exact(bench: Bench) -> None:
     half = replace(plain, encoder=HALF, estimator=HALF, vocoder=torch.float16)
     variants = {
         "encoder bf16": replace(plain, encoder=HALF),
-        "encoder fp16": replace(plain, encoder=torch.float16),
         "estimator bf16": replace(plain, estimator=HALF),
         "estimator fp16": replace(plain, estimator=torch.float16),
-        "estimator bf16, tanh": replace(plain, estimator=HALF, gelu="tanh"),
-        "estimator bf16, flash": replace(plain, estimator=HALF, attention="flash"),
-        "estimator bf16, cudnn": replace(plain, estimator=HALF, attention="cudnn"),
+        "estimator bf16, triton, flash": replace(plain, estimator=HALF, kernels="triton", attention="flash"),
+        "estimator bf16, triton, lse-cudnn": replace(plain, estimator=HALF, kernels="triton", attention="lse-cudnn"),
         "vocoder bf16": replace(plain, vocoder=HALF),
         "vocoder fp16": replace(plain, vocoder=torch.float16),
+        "vocoder fp16, triton": replace(plain, vocoder=torch.float16, kernels="triton"),
         "encoder, estimator bf16, vocoder fp16": replace(half, attention="flash"),
-        "all fp16, flash": replace(half, encoder=torch.float16, estimator=torch.float16, attention="flash"),
-        "TF32": plain,
+        "the same, triton": replace(half, attention="flash", kernels="triton"),
+        "all fp16, triton": replace(
+            half, encoder=torch.float16, estimator=torch.float16, attention="flash", kernels="triton"
+        ),
     }
     for name, how in variants.items():
-        if name == "TF32":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
         def measure(how: How) -> str:
             sound = bench.sound(how)
@@ -235,7 +238,6 @@ def exact(bench: Bench) -> None:
             return f"mel {errors[0]}   samples {errors[1]}   spectra {apart}"
 
         print(f"  {name:<40} {attempt(name, partial(measure, how))}", flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 # -- how soon --------------------------------------------------------------------------------------------------
@@ -277,24 +279,21 @@ def timed_flow(bench: Bench, batch: int, name: str, how: How) -> float:
 def flows(bench: Bench) -> None:
     batches = (1, 2) if bench.tiny else (1, 4, 16, 32)
     print(f"\n== flows: encoder and flow of {SPOKEN} tokens after {PROMPT} of a voice: batch, ms, ms a request")
+    torch_s, ours = BASE, replace(BASE, kernels="triton")
     ways = {
-        "flash": BASE,
-        "mask": replace(BASE, attention="mask"),
-        "cudnn": replace(BASE, attention="cudnn"),
-        "full (no padding kept out)": replace(BASE, attention="full"),
-        "flash, fp16": replace(BASE, estimator=torch.float16),
-        "flash, tanh": replace(BASE, gelu="tanh"),
-        "flash, compiled for each shape": replace(BASE, compile="static"),
-        "flash, compiled for all": replace(BASE, compile="dynamic"),
-        "flash, tanh, compiled for all": replace(BASE, compile="dynamic", gelu="tanh"),
+        "torch, flash": torch_s,
+        "torch, full (no padding kept out)": replace(torch_s, attention="full"),
+        "torch, lse-cudnn": replace(torch_s, attention="lse-cudnn"),
+        "triton, flash": ours,
+        "triton, lse-cudnn": replace(ours, attention="lse-cudnn"),
+        "triton, lse-flash": replace(ours, attention="lse-flash"),
+        "triton, full (no padding kept out)": replace(ours, attention="full"),
+        "triton, fp16, lse-cudnn": replace(ours, estimator=torch.float16, attention="lse-cudnn"),
     }
     for name, how in ways.items():
         attempt(name, partial(timed_flow, bench, batches[-2], name, how))
-    called = replace(BASE, graphs=False)
-    for batch in (batches[0], batches[-2]):
-        attempt("called", partial(timed_flow, bench, batch, "flash", called))
     for batch in batches:
-        for name in ("flash", "flash, compiled for all"):
+        for name in ("triton, flash", "triton, lse-cudnn"):
             if batch != batches[-2]:
                 attempt(name, partial(timed_flow, bench, batch, name, ways[name]))
 
@@ -324,22 +323,16 @@ def vocoders(bench: Bench) -> None:
     batch = 2 if bench.tiny else 16
     print(f"\n== vocoders: {SPOKEN * 2} frames: batch, ms, ms a request")
     ways = {
-        "fp16, channels": BASE,
-        "fp16, time": replace(BASE, layout="time"),
-        "bf16, channels": replace(BASE, vocoder=HALF),
-        "fp16, channels, compiled for all": replace(BASE, compile="dynamic"),
-        "fp16, channels, compiled for each shape": replace(BASE, compile="static"),
-        "fp16, time, compiled for all": replace(BASE, compile="dynamic", layout="time"),
-        "fp32, time": replace(BASE, vocoder=torch.float32, layout="time"),
+        "fp16, torch": BASE,
+        "fp16, torch, compiled for all": replace(BASE, compile="dynamic"),
+        "fp16, triton": replace(BASE, kernels="triton"),
+        "bf16, triton": replace(BASE, vocoder=HALF, kernels="triton"),
     }
     for name, how in ways.items():
         attempt(name, partial(timed_vocoder, bench, batch, name, how))
-    torch.backends.cudnn.benchmark = True
-    for name in ("fp16, channels", "fp16, time", "fp16, channels, compiled for all"):
-        attempt(name, partial(timed_vocoder, bench, batch, f"cudnn.benchmark, {name}", ways[name]))
-    torch.backends.cudnn.benchmark = False
     for few in (1,) if bench.tiny else (1, 4):
-        attempt("fp16", partial(timed_vocoder, bench, few, "fp16, channels", BASE))
+        for name in ("fp16, torch", "fp16, triton"):
+            attempt(name, partial(timed_vocoder, bench, few, name, ways[name]))
 
 
 def whole(bench: Bench) -> None:
@@ -356,13 +349,51 @@ def whole(bench: Bench) -> None:
         memory = "-" if bench.tiny else f"{torch.cuda.memory_reserved() / 2**30:.1f}"
         print(
             f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   the CPU is free after {free_ms:.1f} ms, "
-            f"{memory} GiB reserved: {how.compile}",
+            f"{memory} GiB reserved: {how.kernels}",
             flush=True,
         )
 
     for batch in (1, 2) if bench.tiny else (1, 4, 16, 32):
-        for how in (BASE, replace(BASE, compile="dynamic")):
+        for how in (BASE, replace(BASE, kernels="triton")):
             attempt("whole", partial(measure, batch, how))
+
+
+def mark(bench: Bench) -> None:
+    print("\n== mark: the package's watermark: batch, ms, ms a request; relative error against the package's own")
+    takes = requests(bench, 2 if bench.tiny else 16)
+    plain = bench.sound(How()).speak(takes)
+    with silenced():
+        package = perth.PerthImplicitWatermarker()
+    ours = Watermark(package, sample_rate_hz=24_000, device=bench.device)
+    recordings = Recordings(device=bench.device, kept=1)
+    lengths = torch.tensor([len(samples) for samples in plain], device=bench.device)
+    sounds = Sounds(torch.stack(plain), lengths)
+    with torch.inference_mode():
+        recording = recordings.find("mark", ours, lambda: sounds)
+        took = bench.seconds(recording.play)
+        print(told(took, len(plain), recording, 0, "on the device"), flush=True)
+        marked = recording.play().clone()
+        called = bench.seconds(partial(ours, sounds))
+        print(f"  called: {1e3 * called:.2f} ms")
+        begin = time.perf_counter()
+        right = [package.apply_watermark(samples.cpu().numpy(), sample_rate=24_000) for samples in plain[:4]]
+        print(f"  the package, on the CPU: {1e3 * (time.perf_counter() - begin) / len(right):.1f} ms each")
+        for row, (one, other) in enumerate(zip(marked, right, strict=False)):
+            error = 10 ** (decibels(one.cpu(), torch.from_numpy(other)) / 20)
+            read = [package.get_watermark(samples, sample_rate=24_000) for samples in (one.cpu().numpy(), other)]
+            print(f"  {row}: {error:.1e}, read as {read[0]:.1f}, the package's own as {read[1]:.1f}", flush=True)
+    how = replace(BASE, compile="off")
+    marking = Sound(bench.s3gen, device=bench.device, flow_steps=bench.steps, how=how, watermarker=package)
+    for batch in (1, 2) if bench.tiny else (1, 16):
+        took = bench.seconds(partial(marking.speak, requests(bench, batch)))
+        print(f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   from tokens to marked sound", flush=True)
+    take = replace(takes[0], tokens=takes[0].tokens[:15], final=False)
+
+    def chunk() -> Any:
+        return marking.speak([replace(take, stream=Stream())])[0].cpu()
+
+    took = bench.seconds(chunk, 9)
+    print(f"  {1e3 * took:.2f} ms: a first chunk of 15 tokens, marked")
 
 
 def first(bench: Bench) -> None:
@@ -380,8 +411,8 @@ def first(bench: Bench) -> None:
 
     for name, how in (
         ("flash", BASE),
-        ("mask", replace(BASE, attention="mask")),
-        ("flash, compiled for all", replace(BASE, compile="dynamic")),
+        ("flash, triton", replace(BASE, kernels="triton")),
+        ("lse-cudnn, triton", replace(BASE, kernels="triton", attention="lse-cudnn")),
     ):
         for count in (15, 25):
             print(f"  {count} tokens, {name}: {attempt(name, partial(measure, count, how))}", flush=True)
@@ -390,26 +421,33 @@ def first(bench: Bench) -> None:
 def chunks(bench: Bench) -> None:
     print(f"\n== chunks: against the same utterance in one go, dB; {HELD} frames held, {FADE} of them faded")
     sound = bench.sound(How())
+    with silenced():
+        package = perth.PerthImplicitWatermarker()
+    marking = Sound(bench.s3gen, device=bench.device, flow_steps=bench.steps, watermarker=package)
     take = takes_of([250], bench.device, prompt=bench.tokens(PROMPT))[0]
     right = sound.speak([take])[0]
     mel = sound.mels([take])[0]
+    at_once = marking.speak([take])[0].cpu().numpy()
+    print(f"  marked in one go, read as {package.get_watermark(at_once, sample_rate=24_000, round=False):.3f}")
     for name, ends in (
         ("growing: 15, 40, 90, 190, 250", (15, 40, 90, 190, 250)),
         ("even: every 25", tuple(range(25, 251, 25))),
         ("late: 125, 250", (125, 250)),
     ):
-        stream = Stream()
-        parts, mels = [], []
+        stream, other = Stream(), Stream()
+        parts, mels, marked = [], [], []
         for end in ends:
             one = replace(take, tokens=take.tokens[:end], final=end == 250, stream=stream)
             mels.append(sound.mels([one])[0])
             parts.append(sound.speak([one])[0])
+            marked.append(marking.speak([replace(one, stream=other)])[0])
         said = torch.cat(parts)
+        read = package.get_watermark(torch.cat(marked).cpu().numpy(), sample_rate=24_000, round=False)
         errors = ", ".join(f"{decibels(part, mel[: len(part)]):.1f}" for part in mels)
         print(
             f"  {name}: samples {decibels(said, right):.1f} dB, loudness of each 20 ms {contour(said, right):.1f} dB, "
             f"spectra {spectral(said, right):.2f} dB apart; {len(said) - len(right)} samples too many; "
-            f"mel so far against mel in the end: {errors}",
+            f"mel so far against mel in the end: {errors}; marked, read as {read:.3f}",
             flush=True,
         )
 
@@ -436,7 +474,7 @@ def turbo(bench: Bench) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (same, flows, vocoders, whole, first, exact, chunks, turbo)
+    part.__name__: part for part in (same, flows, vocoders, whole, first, mark, exact, chunks, turbo)
 }  # what is dear to know first
 
 

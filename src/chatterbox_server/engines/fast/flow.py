@@ -4,21 +4,28 @@ What does not change from step to step (time, speaker, prompt, the encoder's wor
 solver and time itself are float32 whatever the network computes in.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.encoder import Encoder
-from chatterbox_server.engines.fast.layers import Attention, Compile, Lengths, Linear, Norm, attend, compiled, windows
+from chatterbox_server.engines.fast.layers import (
+    Attention,
+    Compile,
+    Kernels,
+    Lengths,
+    Linear,
+    Norm,
+    attend,
+    attend_all,
+    compiled,
+    windows,
+)
 
 BANDS: Final = 80
 """Of the mel spectrogram."""
-
-Gelu = Literal["exact", "tanh"]
-"""``tanh`` lets cuBLAS apply it to a product as it is made; it is not quite what the network was trained with."""
 
 
 class Asked(NamedTuple):
@@ -53,7 +60,7 @@ class Flow:
         dtype: Any,
         attention: Attention = "mask",
         compile: Compile = "off",  # noqa: A002 (torch's word)
-        gelu: Gelu = "exact",
+        kernels: Kernels = "torch",
     ) -> None:
         weight = flow.input_embedding.weight
         self._embedding = weight.detach().to(encoder_dtype)
@@ -66,7 +73,7 @@ class Flow:
             times = 1 - torch.cos(times * 0.5 * torch.pi)
         self._paces: list[float] = (times[1:] - times[:-1]).tolist()
         self._estimator = Estimator(
-            flow.decoder.estimator, times, dtype=dtype, attention=attention, compile=compile, gelu=gelu
+            flow.decoder.estimator, times, dtype=dtype, attention=attention, compile=compile, kernels=kernels
         )
         self.frames_per_token: int = flow.token_mel_ratio
         self.tokens_ahead: int = flow.pre_lookahead_len
@@ -111,7 +118,7 @@ class Estimator:
         dtype: Any,
         attention: Attention,
         compile: Compile,  # noqa: A002
-        gelu: Gelu,
+        kernels: Kernels,
     ) -> None:
         if not estimator.causal or len(estimator.down_blocks) != 1:
             msg = "cannot run an estimator that looks ahead, or works at several resolutions"
@@ -119,14 +126,15 @@ class Estimator:
         self._dtype = dtype
         groups = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
         embedded = _embedded(estimator, times)
-        resnet, attending = compiled(_resnet, compile), compiled(_into_heads, compile)
-        finish = compiled(_after_attention if gelu == "exact" else _after_attention_tanh, compile)
-        self._resnets = [_Resnet(group[0], embedded, dtype, resnet) for group in groups]
+        layers: Layers = _InTorch(compile) if kernels == "torch" else _InTriton()
+        self._layers = layers
+        self._resnets = [_Resnet(group[0], embedded, dtype, layers) for group in groups]
         self._entrance = _Entrance(self._resnets[0])
-        self._blocks = [[_Block(block, dtype, attention, attending, finish) for block in group[1]] for group in groups]
+        self._blocks = [[_Block(block, dtype, attention, layers) for block in group[1]] for group in groups]
         self._down = Linear.over_time(estimator.down_blocks[0][2], dtype)
         self._up = Linear.over_time(estimator.up_blocks[0][2], dtype)
         self._last, self._last_norm = _convolution(estimator.final_block, dtype)
+        self._nothing = torch.zeros_like(self._last_norm[1])
         self._out = Linear.of(estimator.final_proj, dtype)
 
     def constant(self, told: Any, *, guided: bool) -> tuple[Any, Any]:
@@ -143,7 +151,7 @@ class Estimator:
             x = self._attended(self._resnets[at](x, step), at, lengths)
         x = self._resnets[-1](torch.cat((x, skip), dim=-1), step)
         x = self._up(windows(self._attended(x, -1, lengths), 2))
-        x = functional.mish(self._last_norm(self._last(windows(x, 2))))
+        x = self._layers.convolution(x, self._last, self._last_norm, time=self._nothing)
         return self._out(x).float()
 
     def _attended(self, x: Any, at: int, lengths: Lengths) -> Any:
@@ -161,28 +169,32 @@ def _embedded(estimator: Any, times: Any) -> Any:
     return estimator.time_embed_mixer(torch.cat((begin, end), dim=1))
 
 
-def _convolution(block: Any, dtype: Any) -> tuple[Linear, Norm]:
-    return Linear.over_time(block.block[0], dtype), Norm.of(block.block[2], dtype)
+def _convolution(block: Any, dtype: Any) -> tuple[tuple[Any, Any], tuple[Any, Any, float]]:
+    """Weight and bias; those of its norm, and what keeps it from dividing by nothing."""
+    layer, norm = Linear.over_time(block.block[0], dtype), Norm.of(block.block[2], dtype)
+    return (layer.weight, layer.bias), (norm.weight, norm.bias, norm.eps)
 
 
 class _Resnet:
     """Two convolutions, with the time of the step between them."""
 
-    def __init__(self, resnet: Any, embedded: Any, dtype: Any, run: Callable[..., Any]) -> None:
+    def __init__(self, resnet: Any, embedded: Any, dtype: Any, layers: "Layers") -> None:
         times = resnet.mlp(embedded).to(dtype)
         self._times = [times[step].clone() for step in range(len(times))]
-        self.first, norm_1 = _convolution(resnet.block1, dtype)
-        second, norm_2 = _convolution(resnet.block2, dtype)
+        self.first, self._norm_1 = _convolution(resnet.block1, dtype)
+        self._second, self._norm_2 = _convolution(resnet.block2, dtype)
         self.beside = Linear.of(resnet.res_conv, dtype)
-        self._rest = (norm_1.weight, norm_1.bias, second.weight, second.bias, norm_2.weight, norm_2.bias, norm_1.eps)
-        self._run = run
+        self._layers = layers
 
     def __call__(self, x: Any, step: int) -> Any:
-        return self.told(self.first(windows(x, 2)), self.beside(x), step)
+        inner = self._layers.convolution(x, self.first, self._norm_1, time=self._times[step])
+        beside = (x, self.beside.weight, self.beside.bias)
+        return self._layers.convolution(inner, self._second, self._norm_2, beside=beside)
 
     def told(self, first: Any, beside: Any, step: int) -> Any:
         """What comes after the first convolution, and the one beside both."""
-        return self._run(first, beside, self._times[step], self._rest)
+        inner = _mish(first, self._norm_1) + self._times[step]
+        return _mish(functional.linear(windows(inner, 2), *self._second), self._norm_2) + beside
 
 
 class _Entrance:
@@ -190,9 +202,9 @@ class _Entrance:
 
     def __init__(self, resnet: _Resnet) -> None:
         self._resnet = resnet
-        first, beside = resnet.first, resnet.beside
-        by_time = first.weight.unflatten(1, (3, -1))
-        self._first = Linear(by_time[..., BANDS:].flatten(1).contiguous(), first.bias)
+        (weight, bias), beside = resnet.first, resnet.beside
+        by_time = weight.unflatten(1, (3, -1))
+        self._first = Linear(by_time[..., BANDS:].flatten(1).contiguous(), bias)
         self._beside = Linear(beside.weight[:, BANDS:].contiguous(), beside.bias)
         self._first_of_x = Linear(by_time[..., :BANDS].flatten(1).contiguous(), None)
         self._beside_of_x = Linear(beside.weight[:, :BANDS].contiguous(), None)
@@ -211,38 +223,93 @@ class _Entrance:
         return self._resnet.told(first, beside + self._beside_of_x(x).repeat(turns), step)
 
 
-def _resnet(x: Any, beside: Any, time: Any, weights: tuple[Any, ...]) -> Any:
-    weight_1, bias_1, second, second_bias, weight_2, bias_2, eps = weights
-    x = functional.mish(functional.layer_norm(x, weight_1.shape, weight_1, bias_1, eps)) + time
-    x = functional.linear(windows(x, 2), second, second_bias)
-    return functional.mish(functional.layer_norm(x, weight_2.shape, weight_2, bias_2, eps)) + beside
-
-
 class _Block:
     """The package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
 
-    def __init__(
-        self, block: Any, dtype: Any, attention: Attention, begin: Callable[..., Any], finish: Callable[..., Any]
-    ) -> None:
+    def __init__(self, block: Any, dtype: Any, attention: Attention, layers: "Layers") -> None:
         self._attention = attention
-        self._heads = block.attn1.heads
         norm_1, norm_3 = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
         into = Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype)
-        self._first = (norm_1.weight, norm_1.bias, into.weight, norm_1.eps)
+        first = (norm_1.weight, norm_1.bias, into.weight, norm_1.eps)
         out, widen, narrow = (
             Linear.of(module, dtype) for module in (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
         )
-        self._rest = (
+        rest = (
             *(out.weight, out.bias, norm_3.weight, norm_3.bias),
             *(widen.weight, widen.bias, narrow.weight, narrow.bias, norm_3.eps),
         )
-        self._begin, self._finish = begin, finish
+        self._weights = Weights(first, rest, block.attn1.heads)
+        self._layers = layers
 
     def __call__(self, x: Any, lengths: Lengths) -> Any:
-        heads = self._begin(x, self._first).unflatten(-1, (3, self._heads, -1))
-        queries, keys, values = heads.unbind(2)
-        attended = attend(queries, keys, values, lengths, self._attention)
-        return self._finish(x, attended.flatten(2), self._rest)
+        return self._layers.block(x, lengths, self._weights, self._attention)
+
+
+# -- whose layers ----------------------------------------------------------------------------------------------
+
+
+class Weights(NamedTuple):
+    """Of a transformer block."""
+
+    first: tuple[Any, ...]
+    """Of the norm before attention and of the way into it."""
+    rest: tuple[Any, ...]
+    """Of the way out of it, and of the norm and the feed-forward after it."""
+    heads: int
+
+
+class Layers(Protocol):
+    """What the estimator is made of."""
+
+    def convolution(
+        self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], *, time: Any = None, beside: Any = None
+    ) -> Any:
+        """Over a frame and the two before it, norm, Mish; then ``time`` is added, or a projection of what is beside."""
+        ...
+
+    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any: ...
+
+
+class _InTorch:
+    def __init__(self, how: Compile) -> None:
+        self._convolution = compiled(_convolved, how)
+        self._begin, self._finish = compiled(_into_heads, how), compiled(_after_attention, how)
+
+    def convolution(
+        self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], *, time: Any = None, beside: Any = None
+    ) -> Any:
+        return self._convolution(x, first, norm, time, beside)
+
+    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any:
+        queries, keys, values = self._begin(x, weights.first).unflatten(-1, (3, weights.heads, -1)).unbind(2)
+        return self._finish(x, attend(queries, keys, values, lengths, how).flatten(2), weights.rest)
+
+
+class _InTriton:
+    def __init__(self) -> None:
+        from chatterbox_server.engines.fast import tiles
+
+        self._tiles = tiles
+        self.convolution = tiles.convolution
+
+    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any:
+        into = self._tiles.norm_linear(x, weights.first, lengths.counts)
+        queries, keys, values = into.unflatten(-1, (3, weights.heads, -1)).unbind(2)
+        if how in ("lse-cudnn", "lse-flash"):
+            attended, sums = attend_all(queries, keys, values, how)
+        else:
+            attended, sums = attend(queries, keys, values, lengths, how), None
+        return self._tiles.after_attention(x, attended.flatten(2), weights.rest, lengths.counts, sums)
+
+
+def _mish(x: Any, norm: tuple[Any, ...]) -> Any:
+    weight, bias, eps = norm
+    return functional.mish(functional.layer_norm(x, weight.shape, weight, bias, eps))
+
+
+def _convolved(x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], time: Any, beside: Any) -> Any:
+    x = _mish(functional.linear(windows(x, 2), *first), norm)
+    return x + (time if beside is None else functional.linear(*beside))
 
 
 def _into_heads(x: Any, weights: tuple[Any, ...]) -> Any:
@@ -255,12 +322,3 @@ def _after_attention(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
     x = x + functional.linear(attended, out, out_bias)
     normed = functional.layer_norm(x, weight.shape, weight, bias, eps)
     return x + functional.linear(functional.gelu(functional.linear(normed, widen, widen_bias)), narrow, narrow_bias)
-
-
-def _after_attention_tanh(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
-    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
-    x = x + functional.linear(attended, out, out_bias)
-    normed = functional.layer_norm(x, weight.shape, weight, bias, eps).flatten(0, 1)
-    # Only thus does cuBLAS add the bias and bend the sum in the product's own kernel.
-    hidden = torch._addmm_activation(widen_bias, normed, widen.t(), use_gelu=True)  # noqa: SLF001
-    return x + functional.linear(hidden, narrow, narrow_bias).unflatten(0, x.shape[:2])

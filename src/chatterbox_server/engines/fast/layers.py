@@ -10,12 +10,16 @@ from typing import Any, Final, Literal
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash", "cudnn", "full"]
-"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses), FlashAttention's variable
-lengths, cuDNN's kernel with the mask. ``full`` keeps nothing out: right only where every row fills its bucket, and the
-floor to measure the others by."""
+Attention = Literal["mask", "flash", "lse-cudnn", "lse-flash", "full"]
+"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses); FlashAttention's variable
+lengths; a kernel that knows of no padding, whose share is then taken off its sums. ``full`` keeps nothing out: right
+only where every row fills its bucket, and the floor to measure the others by."""
 
 Compile = Literal["off", "static", "dynamic"]
+
+
+Kernels = Literal["torch", "triton"]
+"""Whose the layers are that matter: torch's, or one of ours for each (``tiles``), on CUDA."""
 
 
 def compiled(function: Callable[..., Any], how: Compile) -> Callable[..., Any]:
@@ -86,6 +90,8 @@ def windows(x: Any, before: int, after: int = 0) -> Any:
 class Lengths:
     """Of the rows of a batch that is padded to ``width``, in every form that attention asks for."""
 
+    counts: Any
+    """(batch,)."""
     valid: Any
     """(batch, width), True where a row is."""
     segments: Any
@@ -97,28 +103,53 @@ class Lengths:
         steps = torch.arange(width, device=lengths.device)
         rows = torch.arange(lengths.shape[0] + 1, device=lengths.device) * width
         ends = torch.stack((rows[:-1], rows[:-1] + lengths), dim=1).flatten()
-        return cls(steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
+        return cls(lengths, steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
 
     def twice(self) -> "Lengths":
         """For the same batch with and without guidance, one after the other."""
         shifted = self.segments[1:] + self.segments[-1]
-        return Lengths(torch.cat((self.valid, self.valid)), torch.cat((self.segments, shifted)))
+        return Lengths(
+            torch.cat((self.counts, self.counts)),
+            torch.cat((self.valid, self.valid)),
+            torch.cat((self.segments, shifted)),
+        )
 
 
 def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
     """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how == "flash" and queries.is_cuda and queries.dtype != torch.float32:
+    if how == "flash" and _by_a_kernel(queries):
         return _flash(queries, keys, values, lengths)
+    if how in ("lse-cudnn", "lse-flash"):
+        within = lengths.valid[..., None, None]
+        attended, sums = attend_all(queries, keys * within, values * within, how)
+        padded = lengths.valid.shape[1] - lengths.counts[:, None, None]
+        share = 1 - padded * torch.exp(-sums)
+        return (attended / share.transpose(1, 2)[..., None]).to(queries.dtype)
     mask = None if how == "full" else lengths.valid[:, None, None, :]
     across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    if how == "cudnn" and queries.is_cuda and queries.dtype != torch.float32:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    return functional.scaled_dot_product_attention(*across, attn_mask=mask).transpose(1, 2)
 
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            attended = functional.scaled_dot_product_attention(*across, attn_mask=mask)
+
+def attend_all(queries: Any, keys: Any, values: Any, how: Attention) -> tuple[Any, Any]:
+    """Attention over all positions, padding too, and the logarithm of each sum, float32, (batch, heads, time).
+
+    A position whose key and value are nothing adds 1 to each sum, and nothing to what is summed.
+    """
+    across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
+    aten = torch.ops.aten
+    if not _by_a_kernel(queries):
+        scores = across[0].float() @ across[1].float().transpose(2, 3) * queries.shape[-1] ** -0.5
+        sums = scores.logsumexp(-1)
+        attended = torch.exp(scores - sums[..., None]).to(queries.dtype) @ across[2]
+    elif how == "lse-cudnn":
+        attended, sums, *_ = aten._scaled_dot_product_cudnn_attention(*across, None, True)  # noqa: SLF001
     else:
-        attended = functional.scaled_dot_product_attention(*across, attn_mask=mask)
-    return attended.transpose(1, 2)
+        attended, sums, *_ = aten._scaled_dot_product_flash_attention(*across)  # noqa: SLF001
+    return attended.transpose(1, 2), sums.reshape(attended.shape[:3])
+
+
+def _by_a_kernel(queries: Any) -> bool:
+    return bool(queries.is_cuda and queries.dtype != torch.float32)
 
 
 def _flash(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:

@@ -1,8 +1,9 @@
 """Functions of tensors of fixed shapes, replayed as CUDA graphs: one launch where there were thousands."""
 
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -13,6 +14,18 @@ log = logging.getLogger(__name__)
 
 REHEARSALS: Final = 2
 """Times that a function runs before it is recorded: kernels are compiled and chosen, workspaces reserved."""
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """What is float32 is so because it has to be; cuDNN tries what is fastest, for it guesses badly at some sizes."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = False, False, True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 class Recordings:
@@ -28,6 +41,7 @@ class Recordings:
         self._kept_most = kept
         self._kept: OrderedDict[Hashable, Recording[Any]] = OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None
         self.refused = 0
         """Functions that could not be recorded, and are called."""
 
@@ -41,9 +55,12 @@ class Recordings:
             return self._kept[key]
         made = Recording(function, blank())
         if self._record:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                self._pool = torch.cuda.graph_pool_handle()
+                # One for all of them, for cuBLAS keeps a workspace for each.
+                self._stream = torch.cuda.Stream(self._device)
             try:
-                made.record(self._pool)
+                made.record(self._pool, self._stream)
             except RuntimeError as error:
                 self.refused += 1
                 log.warning("cannot record %s as a CUDA graph, and calls it: %s", key, str(error).splitlines()[0])
@@ -64,21 +81,21 @@ class Recording(Generic[T]):
         self.graph: Any = None
         self._outputs: Any = None
 
-    def record(self, pool: Any) -> None:
-        stream = torch.cuda.Stream()
+    def record(self, pool: Any, stream: Any) -> None:
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), settings():
             for _ in range(REHEARSALS):
                 self._function(self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may be at work on the same card: only what this one does may not disturb the recording.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with settings(), torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._function(self.inputs)
 
     def play(self) -> Any:
         """What the function makes of ``inputs``: good until any recording of the pool is played."""
         if self.graph is None:
-            return self._function(self.inputs)
+            with settings():
+                return self._function(self.inputs)
         self.graph.replay()
         return self._outputs

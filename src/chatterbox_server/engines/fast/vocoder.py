@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.layers import Compile, Linear, compiled, windows
+from chatterbox_server.engines.fast.layers import Compile, Kernels, Linear, compiled, windows
 
 Layout = Literal["channels", "time"]
 """What lies side by side in memory between convolutions: channels, as tensor cores read them, or time."""
@@ -41,19 +41,31 @@ class Heard(NamedTuple):
 class Vocoder:
     """Of the package's ``HiFTGenerator``, on the device where its weights are."""
 
-    def __init__(self, vocoder: Any, *, dtype: Any, layout: Layout = "channels", compile: Compile = "off") -> None:  # noqa: A002
+    def __init__(
+        self,
+        vocoder: Any,
+        *,
+        dtype: Any,
+        layout: Layout = "channels",
+        compile: Compile = "off",  # noqa: A002 (torch's word)
+        kernels: Kernels = "torch",
+    ) -> None:
         self._dtype = dtype
         self._across = torch.channels_last if layout == "channels" else torch.contiguous_format
         self._slope, self._limit = vocoder.lrelu_slope, vocoder.audio_limit
-        snake, clear = compiled(_snake, compile), compiled(_leaky, compile)
-        self._clear = clear
+        snake = compiled(_snake, compile)
+        self._clear, self._mean = compiled(_leaky, compile), compiled(_mean, compile)
         self.pitch = _Pitch(vocoder.f0_predictor)
         self.source = _Source(vocoder.m_source, vocoder.f0_upsamp.scale_factor)
         self._before = self._convolution(vocoder.conv_pre)
         self._ups = [self._convolution(up) for up in vocoder.ups]
         self._downs = [self._convolution(down) for down in vocoder.source_downs]
-        self._source_blocks = [self._block(block, snake) for block in vocoder.source_resblocks]
-        blocks, each = [self._block(block, snake) for block in vocoder.resblocks], vocoder.num_kernels
+
+        def block(block: Any) -> "_Resblock | _Tiled":
+            return _Tiled(block, dtype) if kernels == "triton" else _Resblock(block, self._convolution, snake, dtype)
+
+        self._source_blocks = [block(one) for one in vocoder.source_resblocks]
+        blocks, each = [block(one) for one in vocoder.resblocks], vocoder.num_kernels
         self._blocks = [blocks[at : at + each] for at in range(0, len(blocks), each)]
         self._after = self._convolution(vocoder.conv_post)
         self._rates = [up.stride[0] for up in vocoder.ups]
@@ -72,34 +84,35 @@ class Vocoder:
         spectrum = self._spectra.of(source, frames * self.samples_per_frame)
         spectrum = self._across_time(spectrum.to(self._dtype))
         x = self._before(self._across_time(mel.to(self._dtype)))
+        x = self._clear(x, _inside(x, frames), self._slope)
         length, last = 1, len(self._ups) - 1
         for level, rate in enumerate(self._rates):
-            x = self._ups[level](self._clear(x, self._inside(x, frames, length, 0), self._slope))
             length *= rate
+            ends = frames * length + int(level == last)
+            x = self._ups[level](x)
             if level == last:
                 # The package's ReflectionPad1d((1, 0)).
                 x = torch.cat((x[..., 1:2], x), dim=-1)
-            inside = self._inside(x, frames, length, int(level == last))
-            drawn = self._source_blocks[level](self._downs[level](spectrum), inside)
-            x = x + drawn
-            x = torch.stack([block(x, inside) for block in self._blocks[level]]).mean(0)
-        x = self._after(self._clear(x, self._inside(x, frames, length, 1), 0.01)).squeeze(2).transpose(1, 2).float()
-        return self._spectra.back(x, frames * length + 1).clamp(-self._limit, self._limit)
+            inside = _inside(x, ends)
+            x = self._source_blocks[level](self._downs[level](spectrum), ends, inside, x)
+            sums = None
+            for block in self._blocks[level]:
+                sums = block(x, ends, inside, sums)
+            # The package's last one has torch's own slope.
+            x = self._mean(sums, inside, len(self._blocks[level]), 0.01 if level == last else self._slope)
+        x = self._after(x).squeeze(2).transpose(1, 2).float()
+        return self._spectra.back(x, ends).clamp(-self._limit, self._limit)
 
     def _across_time(self, x: Any) -> Any:
         """(batch, time, channels) → (batch, channels, 1, time)."""
         return x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=self._across)
 
-    @staticmethod
-    def _inside(x: Any, frames: Any, each: int, more: int) -> Any:
-        steps = torch.arange(x.shape[-1], device=x.device)
-        return (steps < (frames * each + more)[:, None])[:, None, None, :]
-
     def _convolution(self, module: Any) -> "_Convolution":
         return _Convolution(module, self._dtype, self._across)
 
-    def _block(self, block: Any, snake: Callable[..., Any]) -> "_Resblock":
-        return _Resblock(block, self._convolution, snake, self._dtype)
+
+def _inside(x: Any, ends: Any) -> Any:
+    return (torch.arange(x.shape[-1], device=x.device) < ends[:, None])[:, None, None, :]
 
 
 class _Convolution:
@@ -130,11 +143,51 @@ class _Resblock:
             )
         ]
 
-    def __call__(self, x: Any, inside: Any) -> Any:
+    def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
         """``x`` is let grow beyond its end, for nothing reads it there but what clears it first."""
+        del ends
         for bend_1, first, bend_2, second in self._steps:
             x = x + second(self._snake(first(self._snake(x, *bend_1, inside)), *bend_2, inside))
-        return x
+        return x if summed is None else x + summed
+
+
+class _Tiled:
+    """The same by kernels of ours, which bend what they make while they have it in hand."""
+
+    def __init__(self, block: Any, dtype: Any) -> None:
+        from chatterbox_server.engines.fast import tiles
+
+        self._tiles = tiles
+        self._convolutions = [
+            (layer.weight.detach().to(dtype).permute(2, 0, 1).contiguous(), layer.bias.detach().to(dtype), dilation)
+            for pair in zip(block.convs1, block.convs2, strict=True)
+            for layer in pair
+            for dilation in layer.dilation
+        ]
+        self._bends = [
+            tuple(part.flatten() for part in _bend(snake, dtype))
+            for pair in zip(block.activations1, block.activations2, strict=True)
+            for snake in pair
+        ]
+
+    def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
+        del inside
+        x, last = x.squeeze(2).transpose(1, 2).contiguous(), len(self._convolutions) - 1
+        summed = None if summed is None else summed.squeeze(2).transpose(1, 2).contiguous()
+        bent = self._tiles.bent(x, ends, bend=self._bends[0])
+        for place, weights in enumerate(self._convolutions):
+            second, ended = bool(place % 2), place == last
+            made, bent = self._tiles.around(
+                bent,
+                weights,
+                ends,
+                beside=x if second else None,
+                summed=summed if ended else None,
+                bend=None if ended else self._bends[place + 1],
+                keep=second,
+            )
+            x = made if second else x
+        return x.transpose(1, 2).unsqueeze(2)
 
 
 def _bend(snake: Any, dtype: Any) -> tuple[Any, Any]:
@@ -148,6 +201,10 @@ def _snake(x: Any, alpha: Any, inverse: Any, inside: Any) -> Any:
 
 def _leaky(x: Any, inside: Any, slope: float) -> Any:
     return functional.leaky_relu(x, slope) * inside
+
+
+def _mean(sums: Any, inside: Any, count: int, slope: float) -> Any:
+    return functional.leaky_relu(sums / count, slope) * inside
 
 
 class _Pitch:
