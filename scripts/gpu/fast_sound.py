@@ -466,6 +466,14 @@ def spectral(said: Any, right: Any) -> float:
     return float((spectra[0] - spectra[1]).square().mean(0).sqrt().mean())
 
 
+def tiles_chosen(_bench: Bench) -> None:
+    print("\n== tiles: what Triton's autotune chose")
+    from chatterbox_server.engines.fast import tiles
+
+    for line in tiles.chosen():
+        print(f"  {line}")
+
+
 def turbo(bench: Bench) -> None:
     print("\n-- turbo: two steps, no guidance")
     small = Bench(tiny=bench.tiny, meanflow=True)
@@ -474,7 +482,7 @@ def turbo(bench: Bench) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (same, flows, vocoders, whole, first, mark, exact, chunks, turbo)
+    part.__name__: part for part in (same, flows, vocoders, whole, first, mark, exact, chunks, tiles_chosen, turbo)
 }  # what is dear to know first
 
 
