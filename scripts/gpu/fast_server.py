@@ -5,15 +5,14 @@
 
 Weights are random at full size (scripts/tiny_model.py): the arithmetic, memory and time of the real model, noise for
 speech that lasts as its text does. Each server gets exactly the Environment= and ExecStart= of a unit that
-`chatterbox-deploy render` wrote (scripts/gpu/stock_server.py); requests come over HTTP from this process and get WAV, with
-the watermark. Fails below what the issue calls "not done".
+`chatterbox-deploy render` wrote (scripts/gpu/stock_server.py); requests come over HTTP from this process and get WAV,
+with the watermark. Fails where a figure is worse than LIMITS allow.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import subprocess
@@ -127,12 +126,13 @@ async def measure(report: Report, only: list[str], *, stock: bool) -> None:
             report.say("64 requests at once: rate, median of 3", statistics.median(rates), "audio-s/s",
                        f"{min(rates):.0f} to {max(rates):.0f}; the last took {wall_s:.2f} s")  # fmt: skip
         if "growth" in only:
-            for count in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            for count in (1, 4, 16, 64, 256):
+                await at_once(client, count)
                 heard, wall_s = await at_once(client, count)
                 whole = [one.whole_s for one in heard]
                 report.say(f"{count} at once: rate", rate(heard, wall_s), "audio-s/s",
                            f"p50 {statistics.median(whole):.2f} s, p95 {p95(whole):.2f} s")  # fmt: skip
-            for seconds in (1, 2, 5, 10, 20, 40, 60):
+            for seconds in (1, 5, 20, 60):
                 await ask(client, text=text_of(seconds))
                 one = await ask(client, text=text_of(seconds), seed=2)
                 report.say(
@@ -143,9 +143,9 @@ async def measure(report: Report, only: list[str], *, stock: bool) -> None:
                 )
 
 
-def serve(name: str, case: Case, weights: Path, directory: Path, only: list[str], idle_bytes: int) -> Report:
+def serve(name: str, case: Case, weights: Path, *, only: list[str], idle_bytes: int) -> Report:
     report = Report(name)
-    server = Server(stock_server.render_unit(case, weights, directory), directory)
+    server = Server(stock_server.render_unit(case, weights, weights.parent), weights.parent)
     try:
         report.say("from start to ready", server.wait_ready(), "s")
         asyncio.run(measure(report, only, stock=name == "stock"))
@@ -181,15 +181,17 @@ def main() -> None:
           f"{len(TEXT)} characters a request\n")  # fmt: skip
     idle_bytes = stock_server.gpu_memory_bytes()
     with tempfile.TemporaryDirectory() as name:
-        directory, weights = Path(name), Path(name) / asked.model
+        weights = Path(name) / asked.model
         subprocess.run(
             [sys.executable, CHECKOUT / "scripts/tiny_model.py", "full", weights, "--kind", asked.model,
              "--eos-per-text", "1.7"],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        fast = serve("fast", Case(asked.model, f"engine = 'fast'\n{SETTINGS}"), weights, directory, only, idle_bytes)
+        fast = serve(
+            "fast", Case(asked.model, f"engine = 'fast'\n{SETTINGS}"), weights, only=only, idle_bytes=idle_bytes
+        )
         if "stock" in only:
-            serve("stock", Case(asked.model, SETTINGS), weights, directory, only, idle_bytes)
+            serve("stock", Case(asked.model, SETTINGS), weights, only=only, idle_bytes=idle_bytes)
     failed = False
     for what, goal, least, sign in LIMITS:
         if what in fast.figures:

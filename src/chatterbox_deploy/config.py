@@ -229,7 +229,7 @@ class ServerConfig(_Strict):
     """Which Chatterbox model to load."""
 
     engine: Literal["stock", "fast", "espeak"] = "stock"
-    """stock: the chatterbox-tts package. fast: its model, many utterances at once (chatterbox and turbo, on one GPU each).
+    """stock: the chatterbox-tts package. fast: its models chatterbox and turbo, many utterances at once, on one GPU.
     espeak: offline stand-in without GPU or weights, for demos and tests."""
 
     python: AbsolutePath = f"{VERSION_LINK}/bin/python"
@@ -414,7 +414,7 @@ def _fast_conflicts(config: FleetConfig) -> list[str]:
     if server.engine != "fast":
         return ["server.max_batch: has no meaning unless server.engine is 'fast'"] if server.max_batch else []
     problems = [
-        f"gpus.{key}: the fast engine does not spread over two GPUs: give each its own port, or set server.engine = 'stock'"
+        f"gpus.{key}: the fast engine has one GPU: give each a port of its own, or set server.engine = 'stock'"
         for key in config.gpus
         if "," in key
     ]

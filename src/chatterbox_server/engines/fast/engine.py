@@ -4,8 +4,8 @@ import contextlib
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -22,6 +22,7 @@ from chatterbox_server.settings import Settings
 
 if TYPE_CHECKING:
     from chatterbox_server.engines.fast.batch import Line
+    from chatterbox_server.engines.fast.sound import Take
     from chatterbox_server.engines.stock import StockEngine
     from chatterbox_server.engines.stock.voices import Voice
 
@@ -37,6 +38,12 @@ FIRST_CHUNK: Final = 15
 """Tokens of an utterance before its first sound: a third of a second, less what S3Gen holds back."""
 GROWTH: Final = 2.0
 """Each chunk is longer than the one before: whoever listens has more in hand, and less is computed anew."""
+
+LOOK_UP_S: Final = 0.1
+"""How often one who waits asks whether anybody still wants it."""
+
+MANNERS_KEPT: Final = 64
+"""Of voices, as T3 reads them: a voice and its exaggeration."""
 
 SHARE_FOR_CACHE: Final = 0.5
 """Of the memory that is free once the weights are there; the rest is S3Gen's, whose batches come and go."""
@@ -94,6 +101,7 @@ class FastEngine:
         # Voices and prompts: the package's own modules, which keep state.
         self._package = threading.Lock()
         self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
+        self._manners: OrderedDict[tuple[int, float], tuple[Voice, Any]] = OrderedDict()
         dtype = torch.float32 if self._exact else torch.bfloat16
         self.places = max_batch or self._fitting(model.t3, dtype)
         slots = Slots(model.t3, slots=self.places, dtype=dtype)
@@ -107,7 +115,7 @@ class FastEngine:
             flow_steps=self._kind.flow_steps,
             how=None
             if self._exact
-            else How(encoder=torch.bfloat16, estimator=torch.bfloat16, vocoder=torch.float16, attention="flash"),
+            else How(encoder=torch.bfloat16, estimator=torch.bfloat16, vocoder=torch.float16, attention="lse-flash"),
             watermarker=model.watermarker,
         )
         self._warm_up()
@@ -143,6 +151,8 @@ class FastEngine:
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         """See ``Engine``. What is ready before the rest is given to an ``errand`` that listens."""
+        from chatterbox_server.engines.fast.sound import Take
+
         errand.make_way()
         with errand.at_work(), failures.told(self._cards):
             voice, line = self._begun(utterance)
@@ -150,7 +160,8 @@ class FastEngine:
                 if errand.listens:
                     return self._in_chunks(utterance, errand, voice, line)
                 tokens = line.wait(errand, enough=line.limit)
-                return self._sounds(utterance, errand, voice, self._speech(tokens))
+                take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
+                return self._sounds(take, errand)
             finally:
                 self._batch.leave(line)
 
@@ -168,8 +179,8 @@ class FastEngine:
 
         with self._package, silenced(), torch.inference_mode():
             voice = self.voices.find(utterance.voice)
-            conditionals = kinds.conditioned(self._kind, utterance, voice.for_t3())
-            prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), conditionals)
+            manner = self._manner(utterance, voice)
+            prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
             if self._on_gpu:
                 # Another stream reads it, and need not ask whether it is there.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -179,40 +190,49 @@ class FastEngine:
             raise Refused(reason, param="input")
         return voice, self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
 
+    def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
+        """T3's conditionals, embedded; the same again for the same voice."""
+        from chatterbox_server.engines.fast import slots
+
+        # The voice itself, so that no other can be where it was.
+        key = (id(voice), utterance.sampling.exaggeration)
+        if key not in self._manners:
+            conditionals = kinds.conditioned(self._kind, utterance, voice.for_t3())
+            self._manners[key] = (voice, slots.embedded(self._model.t3, conditionals))
+            while len(self._manners) > MANNERS_KEPT:
+                self._manners.popitem(last=False)
+        self._manners.move_to_end(key)
+        return self._manners[key][1]
+
     def _speech(self, tokens: Sequence[int]) -> Any:
         """What S3Gen can make sound of."""
         import torch
 
         return self._kind.speech(torch.tensor(tokens, dtype=torch.int64))
 
-    def _sounds(
-        self,
-        utterance: Utterance,
-        errand: Errand,
-        voice: "Voice",
-        speech: Any,
-        *,
-        stream: Any = None,
-        final: bool = True,
-    ) -> NDArray[np.float32]:
-        from chatterbox_server.engines.fast.sound import Take
-
-        take = Take(tokens=speech, voice=voice.s3gen, seed=utterance.seed, final=final, stream=stream)
-        # Of a stream, someone hears the end of what he has.
-        return _waited(self._sounding.ask(take, urgent=stream is not None), errand)
+    def _sounds(self, take: "Take", errand: Errand, *, due_s: float | None = None) -> NDArray[np.float32]:
+        future = self._sounding.ask(take, due_s=due_s)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(LOOK_UP_S)
+            errand.check()
 
     def _in_chunks(self, utterance: Utterance, errand: Errand, voice: "Voice", line: "Line") -> NDArray[np.float32]:
-        from chatterbox_server.engines.fast.sound import Stream
+        import torch
 
-        stream, enough = Stream(), float(FIRST_CHUNK)
+        from chatterbox_server.engines.fast.sound import Stream, Take
+
+        stream, enough, began_s = Stream(), float(FIRST_CHUNK), time.monotonic()
         while True:
             tokens = line.wait(errand, enough=int(enough))
-            if line.over and len(tokens) == len(line.tokens):
-                return self._sounds(utterance, errand, voice, self._speech(tokens), stream=stream)
-            known = [token for token in tokens if token < kinds.SOUNDS]
-            part = self._sounds(utterance, errand, voice, _tensor(known), stream=stream, final=False)
-            if part.size:
-                errand.give(part)
+            final = line.over and len(tokens) == len(line.tokens)
+            known = self._speech(tokens) if final else torch.tensor([one for one in tokens if one < kinds.SOUNDS])
+            take = Take(tokens=known, voice=voice.s3gen, seed=utterance.seed, final=final, stream=stream)
+            samples = self._sounds(take, errand, due_s=began_s + errand.given / self.sample_rate_hz)
+            if final:
+                return samples
+            if samples.size:
+                errand.give(samples)
             enough = max(enough * GROWTH, len(tokens) + 1)
 
     # -- the device ---------------------------------------------------------------------------------------
@@ -265,21 +285,6 @@ class FastEngine:
             )
             raise EngineError(msg)
         return int(fitting)
-
-
-def _tensor(tokens: Sequence[int]) -> Any:
-    import torch
-
-    return torch.tensor(tokens, dtype=torch.int64)
-
-
-def _waited(future: "Future[NDArray[np.float32]]", errand: Errand) -> NDArray[np.float32]:
-    from chatterbox_server.engines.fast.batch import LOOK_UP_S
-
-    while True:
-        with contextlib.suppress(TimeoutError):
-            return future.result(LOOK_UP_S)
-        errand.check()
 
 
 def load(settings: Settings) -> "FastEngine | StockEngine":
