@@ -101,8 +101,8 @@ async def measure(report: Report, only: list[str], *, stock: bool) -> None:
             await ask(client, seed=seed)
         alone = [await ask(client, seed=seed) for seed in range(2 if stock else 5)]
         report.say("one request, whole: p50 latency", statistics.median(one.whole_s for one in alone), "s")
-        report.say("one request, whole: rate", sum(one.audio_s for one in alone) / sum(one.whole_s for one in alone), "audio-s/s",
-                   f"{alone[0].audio_s:.1f} s of sound")  # fmt: skip
+        spoken_s, took_s = sum(one.audio_s for one in alone), sum(one.whole_s for one in alone)
+        report.say("one request, whole: rate", spoken_s / took_s, "audio-s/s", f"{alone[0].audio_s:.1f} s of sound")
         if stock:
             heard, wall_s = await at_once(client, 4)
             report.say("4 requests at once: rate", rate(heard, wall_s), "audio-s/s")
@@ -154,7 +154,7 @@ def serve(name: str, case: Case, weights: Path, *, only: list[str], idle_bytes: 
             "GPU memory",
             (stock_server.gpu_memory_bytes() - idle_bytes) / 2**30,
             "GiB",
-            json.dumps(ready["facts"])[:150],
+            f"T3 in {ready['facts'].get('t3', 'float32')}",
         )
         report.say("host memory", server.resident_bytes() / 2**30, "GiB")
         return report

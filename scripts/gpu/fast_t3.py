@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from chatterbox.models.t3 import T3 as PackagesT3
+from chatterbox.models import t3 as package
 from scripts import tiny_model
 
 from chatterbox_server.engine import Sampling
@@ -79,7 +79,7 @@ class Lab:
         torch.manual_seed(0)
         begin_s = time.perf_counter()
         with torch.device("cuda"):
-            self.t3 = PackagesT3(tiny_model.t3_config(kind)).eval()
+            self.t3 = package.T3(tiny_model.t3_config(kind)).eval()
         if kind == "turbo":
             del self.t3.tfmr.wte
         self.samplings = TURBO if kind == "turbo" else GUIDED
