@@ -1,0 +1,108 @@
+"""The fast engine's Triton kernels against the same layers in torch, interpreted on the CPU; scripts/gpu on a GPU."""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+from server import tiny
+
+pytestmark = [
+    *tiny.warnings,
+    *tiny.model,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # triton's interpreter
+    # torch's wheel for CPUs comes without it.
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiles() -> Any:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton
+
+    from chatterbox_server.engines.fast import tiles
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("compiled for a GPU in this process")
+    return tiles
+
+
+def some(*shape: int) -> Any:
+    import torch
+
+    return torch.randn(*shape) * 0.2
+
+
+def apart(one: Any, other: Any) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def a_block() -> Any:
+    from chatterbox_server.engines.fast.flow import Weights
+
+    channels, heads, hidden = 64, 128, 256
+    first = (1 + some(channels), some(channels), some(3 * heads, channels), 1e-5)
+    rest = (
+        *(some(channels, heads), some(channels), 1 + some(channels), some(channels)),
+        *(some(hidden, channels), some(hidden), some(channels, hidden), some(channels), 1e-5),
+    )
+    return Weights(first, rest, heads=2)
+
+
+@pytest.mark.parametrize("how", ["mask", "lse-cudnn", "lse-flash"])
+def test_a_block_is_what_torch_makes_of_it(how: Any, tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.flow import _InTorch, _InTriton
+    from chatterbox_server.engines.fast.layers import Lengths
+
+    torch.manual_seed(1)
+    assert tiles
+    lengths = Lengths.of(torch.tensor([37, 30, 1]), 37)
+    x, weights, valid = some(3, 37, 64), a_block(), lengths.valid[..., None]
+    right = _InTorch("off").block(x, lengths, weights, "mask")
+    assert apart(_InTriton().block(x, lengths, weights, how) * valid, right * valid) < CLOSE
+    assert apart(_InTorch("off").block(x, lengths, weights, how) * valid, right * valid) < CLOSE
+
+
+@pytest.mark.parametrize("inputs", [64, 128])
+def test_a_convolution_is_what_torch_makes_of_it(inputs: int, tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.flow import _InTorch
+
+    torch.manual_seed(1)
+    x, first, norm = some(3, 37, inputs), (some(64, 3 * inputs), some(64)), (1 + some(64), some(64), 1e-5)
+    plain = _InTorch("off")
+    for added in ({"time": some(64)}, {"beside": (some(3, 37, 128), some(64, 128), some(64))}):
+        assert apart(tiles.convolution(x, first, norm, **added), plain.convolution(x, first, norm, **added)) < CLOSE
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(64, 11), (128, 3)])
+def test_a_residual_block_is_what_torch_makes_of_it(channels: int, taps: int, tiles: Any) -> None:
+    import torch
+    from chatterbox.models.s3gen.hifigan import ResBlock
+
+    from chatterbox_server.engines.fast.vocoder import _Convolution, _inside, _Resblock, _snake, _Tiled
+
+    torch.manual_seed(1)
+    assert tiles
+    block = ResBlock(channels, taps, [1, 3, 5]).eval()
+    for module in block.modules():
+        if hasattr(module, "parametrizations"):
+            module.parametrizations.weight.original0.data.mul_(10)
+    with torch.inference_mode():
+        x, summed, ends = torch.randn(2, channels, 1, 75), torch.randn(2, channels, 1, 75), torch.tensor([75, 33])
+        inside = _inside(x, ends)
+
+        def convolution(module: Any) -> Any:
+            return _Convolution(module, torch.float32, torch.channels_last)
+
+        plain, ours = _Resblock(block, convolution, _snake, torch.float32), _Tiled(block, torch.float32)
+        for more in (None, summed):
+            made, right = ours(x, ends, inside, more), plain(x, ends, inside, more)
+            assert apart(made * inside, right * inside) < CLOSE
