@@ -215,6 +215,7 @@ def exact(bench: Bench) -> None:
         "estimator bf16": replace(plain, estimator=HALF),
         "estimator fp16": replace(plain, estimator=torch.float16),
         "estimator bf16, triton, flash": replace(plain, estimator=HALF, kernels="triton", attention="flash"),
+        "estimator bf16, triton, cudnn": replace(plain, estimator=HALF, kernels="triton", attention="cudnn"),
         "estimator bf16, triton, lse-cudnn": replace(plain, estimator=HALF, kernels="triton", attention="lse-cudnn"),
         "vocoder bf16": replace(plain, vocoder=HALF),
         "vocoder fp16": replace(plain, vocoder=torch.float16),
@@ -284,16 +285,18 @@ def flows(bench: Bench) -> None:
         "torch, flash": torch_s,
         "torch, full (no padding kept out)": replace(torch_s, attention="full"),
         "torch, lse-cudnn": replace(torch_s, attention="lse-cudnn"),
+        "torch, cudnn": replace(torch_s, attention="cudnn"),
         "triton, flash": ours,
+        "triton, cudnn": replace(ours, attention="cudnn"),
         "triton, lse-cudnn": replace(ours, attention="lse-cudnn"),
         "triton, lse-flash": replace(ours, attention="lse-flash"),
         "triton, full (no padding kept out)": replace(ours, attention="full"),
-        "triton, fp16, lse-cudnn": replace(ours, estimator=torch.float16, attention="lse-cudnn"),
+        "triton, fp16, cudnn": replace(ours, estimator=torch.float16, attention="cudnn"),
     }
     for name, how in ways.items():
         attempt(name, partial(timed_flow, bench, batches[-2], name, how))
     for batch in batches:
-        for name in ("triton, flash", "triton, lse-cudnn"):
+        for name in ("triton, flash", "triton, cudnn"):
             if batch != batches[-2]:
                 attempt(name, partial(timed_flow, bench, batch, name, ways[name]))
 
@@ -349,12 +352,12 @@ def whole(bench: Bench) -> None:
         memory = "-" if bench.tiny else f"{torch.cuda.memory_reserved() / 2**30:.1f}"
         print(
             f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   the CPU is free after {free_ms:.1f} ms, "
-            f"{memory} GiB reserved: {how.kernels}",
+            f"{memory} GiB reserved: {how.attention}",
             flush=True,
         )
 
     for batch in (1, 2) if bench.tiny else (1, 4, 16, 32):
-        for how in (BASE, replace(BASE, kernels="triton")):
+        for how in (replace(BASE, kernels="triton"), replace(BASE, kernels="triton", attention="cudnn")):
             attempt("whole", partial(measure, batch, how))
 
 
@@ -412,7 +415,7 @@ def first(bench: Bench) -> None:
     for name, how in (
         ("flash", BASE),
         ("flash, triton", replace(BASE, kernels="triton")),
-        ("lse-cudnn, triton", replace(BASE, kernels="triton", attention="lse-cudnn")),
+        ("cudnn, triton", replace(BASE, kernels="triton", attention="cudnn")),
     ):
         for count in (15, 25):
             print(f"  {count} tokens, {name}: {attempt(name, partial(measure, count, how))}", flush=True)

@@ -155,7 +155,7 @@ def test_fewer_bits_say_nearly_the_same(how: dict[str, str], limit_db: float, st
 
 
 def test_more_than_can_be_padded_to_is_refused(studios: dict[str, Studio]) -> None:
-    with pytest.raises(ValueError, match="cannot speak 2025 tokens or rows at once: at most 1536"):
+    with pytest.raises(ValueError, match="cannot speak 2026 tokens or rows at once: at most 1536"):
         studios["turbo"].sound().speak([studios["turbo"].take(2000)])
 
 

@@ -10,10 +10,10 @@ from typing import Any, Final, Literal
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash", "lse-cudnn", "lse-flash", "full"]
-"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses); FlashAttention's variable
-lengths; a kernel that knows of no padding, whose share is then taken off its sums. ``full`` keeps nothing out: right
-only where every row fills its bucket, and the floor to measure the others by."""
+Attention = Literal["mask", "flash", "cudnn", "lse-cudnn", "lse-flash", "full"]
+"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses); variable lengths, by
+FlashAttention or cuDNN; a kernel that knows of no padding, whose share is then taken off its sums, which is exact only
+while scores are not far below nothing. ``full`` keeps nothing out: the floor to measure the others by."""
 
 Compile = Literal["off", "static", "dynamic"]
 
@@ -117,8 +117,8 @@ class Lengths:
 
 def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
     """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how == "flash" and _by_a_kernel(queries):
-        return _flash(queries, keys, values, lengths)
+    if how in ("flash", "cudnn") and _by_a_kernel(queries):
+        return _packed(queries, keys, values, lengths, how)
     if how in ("lse-cudnn", "lse-flash"):
         within = lengths.valid[..., None, None]
         attended, sums = attend_all(queries, keys * within, values * within, how)
@@ -152,14 +152,17 @@ def _by_a_kernel(queries: Any) -> bool:
     return bool(queries.is_cuda and queries.dtype != torch.float32)
 
 
-def _flash(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:
+def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
+    """Rows and padding as so many sequences one after another. Public in torch from 2.10 on, but for the choice."""
     batch, width = queries.shape[:2]
     packed = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-    ends = lengths.segments
-    attended = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 (the public name came with torch 2.10)
-        *packed, ends, ends, width, width, 0.0, False, False
-    )[0]
-    return attended.unflatten(0, (batch, width))
+    ends, aten = lengths.segments, torch.ops.aten
+    if how == "flash":
+        attended = aten._flash_attention_forward(*packed, ends, ends, width, width, 0.0, False, False)  # noqa: SLF001
+    else:
+        told = (None, ends, ends, width, width, True, 0.0, False, False)
+        attended = aten._cudnn_attention_forward(*packed, *told)  # noqa: SLF001
+    return attended[0].unflatten(0, (batch, width))
 
 
 NEVER: Final = float("-inf")

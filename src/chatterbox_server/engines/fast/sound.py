@@ -231,7 +231,8 @@ class Sound:
         return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
     def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
-        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch))
+        # One more, for to attention padding is a sequence, and not every kernel takes one of no length.
+        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch) + 1)
         recording = self.recordings.find(("flow", rows, width), self._flow, lambda: self._flow_blank(rows, width))
         asked = recording.inputs
         full = [*batch, *[batch[0]] * (rows - len(batch))]
