@@ -106,3 +106,14 @@ def test_a_residual_block_is_what_torch_makes_of_it(channels: int, taps: int, ti
         for more in (None, summed):
             made, right = ours(x, ends, inside, more), plain(x, ends, inside, more)
             assert apart(made * inside, right * inside) < CLOSE
+
+
+def test_a_mean_is_what_torch_makes_of_it(tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.vocoder import _inside, _mean, _tiled_mean
+
+    assert tiles
+    x, ends = torch.randn(2, 64, 1, 75), torch.tensor([75, 33])
+    inside = _inside(x, ends)
+    assert apart(_tiled_mean(x, ends, inside, 1 / 3, 0.1), _mean(x, ends, inside, 1 / 3, 0.1)) < CLOSE

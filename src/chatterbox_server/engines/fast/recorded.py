@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-REHEARSALS: Final = 2
+REHEARSALS: Final = 1
 """Times that a function runs before it is recorded: kernels are compiled and chosen, workspaces reserved."""
 
 

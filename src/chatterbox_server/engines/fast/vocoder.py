@@ -54,7 +54,8 @@ class Vocoder:
         self._across = torch.channels_last if layout == "channels" else torch.contiguous_format
         self._slope, self._limit = vocoder.lrelu_slope, vocoder.audio_limit
         snake = compiled(_snake, compile)
-        self._clear, self._mean = compiled(_leaky, compile), compiled(_mean, compile)
+        self._clear = compiled(_leaky, compile)
+        self._mean = _tiled_mean if kernels == "triton" else compiled(_mean, compile)
         self.pitch = _Pitch(vocoder.f0_predictor)
         self.source = _Source(vocoder.m_source, vocoder.f0_upsamp.scale_factor)
         self._before = self._convolution(vocoder.conv_pre)
@@ -99,7 +100,7 @@ class Vocoder:
             for block in self._blocks[level]:
                 sums = block(x, ends, inside, sums)
             # The package's last one has torch's own slope.
-            x = self._mean(sums, inside, len(self._blocks[level]), 0.01 if level == last else self._slope)
+            x = self._mean(sums, ends, inside, 1 / len(self._blocks[level]), 0.01 if level == last else self._slope)
         x = self._after(x).squeeze(2).transpose(1, 2).float()
         return self._spectra.back(x, ends).clamp(-self._limit, self._limit)
 
@@ -172,8 +173,8 @@ class _Tiled:
 
     def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
         del inside
-        x, last = x.squeeze(2).transpose(1, 2).contiguous(), len(self._convolutions) - 1
-        summed = None if summed is None else summed.squeeze(2).transpose(1, 2).contiguous()
+        x, last = _to_time(x), len(self._convolutions) - 1
+        summed = None if summed is None else _to_time(summed)
         bent = self._tiles.bent(x, ends, bend=self._bends[0])
         for place, weights in enumerate(self._convolutions):
             second, ended = bool(place % 2), place == last
@@ -187,7 +188,7 @@ class _Tiled:
                 keep=second,
             )
             x = made if second else x
-        return x.transpose(1, 2).unsqueeze(2)
+        return _to_channels(x)
 
 
 def _bend(snake: Any, dtype: Any) -> tuple[Any, Any]:
@@ -203,8 +204,23 @@ def _leaky(x: Any, inside: Any, slope: float) -> Any:
     return functional.leaky_relu(x, slope) * inside
 
 
-def _mean(sums: Any, inside: Any, count: int, slope: float) -> Any:
-    return functional.leaky_relu(sums / count, slope) * inside
+def _mean(sums: Any, _ends: Any, inside: Any, share: float, slope: float) -> Any:
+    return functional.leaky_relu(sums * share, slope) * inside
+
+
+def _tiled_mean(sums: Any, ends: Any, _inside: Any, share: float, slope: float) -> Any:
+    from chatterbox_server.engines.fast import tiles
+
+    return _to_channels(tiles.bent(_to_time(sums), ends, scale=share, slope=slope))
+
+
+def _to_time(x: Any) -> Any:
+    """(batch, channels, 1, time) → (batch, time, channels), which it already is in memory."""
+    return x.squeeze(2).transpose(1, 2).contiguous()
+
+
+def _to_channels(x: Any) -> Any:
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 class _Pitch:
