@@ -1,7 +1,8 @@
+# mypy: ignore-errors
 """T3's step in Triton: the arithmetic of ``backbone`` and ``sampling`` for one position a row, in few launches.
 
 A step moves every weight once and computes next to nothing, so what counts is bytes and launches. For a few rows each
-matrix is read by one kernel that also does what comes before it (norm, sum of parts, merging of attention's splits)
+matrix is read by one kernel that also does what comes before it (norm, sum of parts)
 and after it (turning, gating, storing in the cache); five kernels a layer. With programmatic dependent launch a kernel
 asks for its weights before the one in front of it has ended. Many rows go through cuBLAS, with kernels in between.
 """
@@ -9,8 +10,6 @@ asks for its weights before the one in front of it has ended. Many rows go throu
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-# ruff: noqa: N803 (Triton's constants are written so), ANN001, ANN201
 
 
 @triton.jit
@@ -39,30 +38,6 @@ def _row(x, parts, m, M: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr):
     return row
 
 
-# A product of a few rows is done in WAYS slices of the inputs at once, a warp each, for one after another they would
-# wait for each other: matrices are (WAYS, outputs, inputs / WAYS), rows (WAYS, inputs / WAYS, PAD).
-
-
-@triton.jit
-def _matrix(weight, n, begin, stride, INPUTS: tl.constexpr, WAYS: tl.constexpr, limit):
-    way = tl.arange(0, WAYS)[:, None, None]
-    k = tl.arange(0, INPUTS // WAYS)[None, None, :]
-    place = n[None, :, None] * stride + begin + way * (INPUTS // WAYS) + k
-    return tl.load(weight + place, mask=n[None, :, None] < limit, other=0.0)
-
-
-@triton.jit
-def _with_row(rows, row, m, INPUTS: tl.constexpr, WAYS: tl.constexpr, PAD: tl.constexpr):
-    there = tl.arange(0, PAD)[None, None, :] == m
-    return tl.where(there, tl.reshape(row, [WAYS, INPUTS // WAYS])[:, :, None], rows)
-
-
-@triton.jit
-def _product(matrix, rows):
-    """``(outputs, PAD)``, in float32."""
-    return tl.sum(tl.dot(matrix, rows, input_precision="ieee"), 0)
-
-
 @triton.jit
 def embed(
     x, slots, last, count, position, speech, speech_positions, wpe, rows, at,
@@ -88,8 +63,8 @@ def embed(
 @triton.jit
 def qkv(
     x, parts, x_out, weight, bias, cos, sin, rows, at, query, keys, values, row_stride, head_stride,
-    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    WAYS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sum of parts, norm, projections, turning, and into the cache. Each program has a slice of a head, both halves."""
     SLICES: tl.constexpr = HD // 2 // BLOCK
@@ -97,51 +72,48 @@ def qkv(
     pid = tl.program_id(0)
     which = pid // (HEADS * SLICES)
     head = (pid // SLICES) % HEADS
-    i = tl.arange(0, 2 * BLOCK)
-    n = which * D + head * HD + (pid % SLICES) * BLOCK + i % BLOCK + i // BLOCK * (HD // 2)
-    w = _matrix(weight, n, 0, D, D, WAYS, 3 * D)
-    _ready(EARLY)
+    inside = (pid % SLICES) * BLOCK + tl.arange(0, BLOCK)
+    left = which * D + head * HD + inside
+    right = left + HD // 2
     d = tl.arange(0, D)
-    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
+    w_left = tl.load(weight + left[:, None] * D + d[None, :])
+    w_right = tl.load(weight + right[:, None] * D + d[None, :])
+    _ready(EARLY)
     for m in tl.static_range(M):
+        here = tl.load(at + m)
+        kept = tl.load(rows + m).to(tl.int64) * row_stride + head * head_stride + here * HD + inside
         row = _row(x, parts, m, M, D, PARTS)
         if PARTS > 0:
             if pid == 0:
                 tl.store(x_out + m * D + d, row)
-        given = _with_row(given, _normed(row, D, EPS, GATED).to(w.dtype), m, D, WAYS, PAD)
-    out = _product(w, given)
-    if BIAS:
-        out += tl.load(bias + n).to(tl.float32)[:, None]
-    one, two = tl.split(tl.permute(tl.reshape(out, [2, BLOCK, PAD]), (1, 2, 0)))
-    inside = ((pid % SLICES) * BLOCK + tl.arange(0, BLOCK))[:, None]
-    column = tl.arange(0, PAD)
-    there = column[None, :] < M
-    here = tl.load(at + column, mask=column < M, other=0)[None, :]
-    kept = tl.load(rows + column, mask=column < M, other=0).to(tl.int64)[None, :] * row_stride
-    kept += head * head_stride + here * HD + inside
-    if GATED:
-        if which < 2:
-            c = tl.load(cos + here * HD + inside)
-            s = tl.load(sin + here * HD + inside)
-            one, two = one * c - two * s, two * c + one * s
-    asked = column[None, :] * D + head * HD + inside
-    if which == 0:
-        tl.store(query + asked, one, mask=there)
-        tl.store(query + asked + HD // 2, two, mask=there)
-    elif which == 1:
-        tl.store(keys + kept, one.to(keys.dtype.element_ty), mask=there)
-        tl.store(keys + kept + HD // 2, two.to(keys.dtype.element_ty), mask=there)
-    else:
-        tl.store(values + kept, one.to(values.dtype.element_ty), mask=there)
-        tl.store(values + kept + HD // 2, two.to(values.dtype.element_ty), mask=there)
+        row = _normed(row, D, EPS, GATED)
+        one = tl.sum(w_left.to(tl.float32) * row[None, :], 1)
+        two = tl.sum(w_right.to(tl.float32) * row[None, :], 1)
+        if BIAS:
+            one += tl.load(bias + left).to(tl.float32)
+            two += tl.load(bias + right).to(tl.float32)
+        if GATED:
+            if which < 2:
+                c = tl.load(cos + here * HD + inside)
+                s = tl.load(sin + here * HD + inside)
+                one, two = one * c - two * s, two * c + one * s
+        if which == 0:
+            tl.store(query + m * D + head * HD + inside, one)
+            tl.store(query + m * D + head * HD + inside + HD // 2, two)
+        elif which == 1:
+            tl.store(keys + kept, one.to(keys.dtype.element_ty))
+            tl.store(keys + kept + HD // 2, two.to(keys.dtype.element_ty))
+        else:
+            tl.store(values + kept, one.to(values.dtype.element_ty))
+            tl.store(values + kept + HD // 2, two.to(values.dtype.element_ty))
 
 
 @triton.jit
 def attend(
-    query, keys, values, rows, at, mixed, tops, sums, row_stride, head_stride,
+    query, keys, values, rows, at, mixed, in_splits, tops, sums, arrived, row_stride, head_stride,
     D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One row's head over its part of the cache. With one split the result is whole, else for ``merge`` to finish."""
+    """One row's head over its part of the cache; the last program of a head to arrive merges what all have found."""
     _ready(EARLY)
     HEADS: tl.constexpr = D // HD
     SCALE: tl.constexpr = 1.4426950408889634 / HD**0.5
@@ -170,13 +142,26 @@ def attend(
         acc = acc * fade + tl.sum(weight[:, None] * v.to(tl.float32), 0)
         total = total * fade + tl.sum(weight, 0)
         top = higher
+    out = mixed + m * D + head * HD + d
     if SPLITS == 1:
-        tl.store(mixed + m * D + head * HD + d, (acc / total).to(mixed.dtype.element_ty))
+        tl.store(out, (acc / total).to(mixed.dtype.element_ty))
     else:
-        place = (m * SPLITS + split) * HEADS + head
-        tl.store(mixed + place * HD + d, acc)
-        tl.store(tops + place, top)
-        tl.store(sums + place, total)
+        place = (m * HEADS + head) * SPLITS
+        tl.store(in_splits + (place + split) * HD + d, acc)
+        tl.store(tops + place + split, top)
+        tl.store(sums + place + split, total)
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + m * HEADS + head, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            s = tl.arange(0, SPLITS)
+            # Not from a cache that is this multiprocessor's alone.
+            all_tops = tl.load(tops + place + s, cache_modifier=".cg")
+            # A split that had no position has a top of minus infinity, and counts for nothing.
+            part = tl.exp2(all_tops - tl.max(all_tops, 0))
+            total = tl.sum(part * tl.load(sums + place + s, cache_modifier=".cg"), 0)
+            found = tl.load(in_splits + (place + s[:, None]) * HD + d[None, :], cache_modifier=".cg")
+            tl.store(out, (tl.sum(part[:, None] * found, 0) / total).to(mixed.dtype.element_ty))
+            tl.store(arrived + m * HEADS + head, 0)
 
 
 @triton.jit
@@ -214,47 +199,18 @@ def attend_back(
 
 
 @triton.jit
-def _merged(mixed, tops, sums, m, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr):
-    """A row of what attention's splits have found."""
-    HEADS: tl.constexpr = D // HD
-    d = tl.arange(0, D)
-    h = d // HD
-    top = tl.full([D], -float("inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        top = tl.maximum(top, tl.load(tops + (m * SPLITS + split) * HEADS + h))
-    row = tl.zeros([D], tl.float32)
-    total = tl.zeros([D], tl.float32)
-    for split in tl.static_range(SPLITS):
-        place = (m * SPLITS + split) * HEADS
-        # A split that had no position has a top of minus infinity, and counts for nothing.
-        share = tl.exp2(tl.load(tops + place + h) - top)
-        row += share * tl.load(mixed + place * HD + d)
-        total += share * tl.load(sums + place + h)
-    return row / total
-
-
-@triton.jit
-def merge(mixed, tops, sums, whole, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr):
-    """Attention's splits, for cuBLAS."""
-    m = tl.program_id(0)
-    row = _merged(mixed, tops, sums, m, D, HD, SPLITS)
-    tl.store(whole + m * D + tl.arange(0, D), row.to(whole.dtype.element_ty))
-
-
-@triton.jit
 def project(
-    x, mixed, tops, sums, weight, bias,
-    M: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-    BIAS: tl.constexpr, EARLY: tl.constexpr,
+    x, mixed, weight, bias,
+    M: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention's splits merged, projected, and added to the residual stream."""
+    """What attention has found, projected, and added to the residual stream."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, D)
-    w = tl.load(weight + n[:, None] * D + d[None, :]).to(tl.float32)
+    w = tl.load(weight + n[:, None] * D + d[None, :])
     _ready(EARLY)
     for m in tl.static_range(M):
-        row = _merged(mixed, tops, sums, m, D, HD, SPLITS)
-        out = tl.sum(w * row[None, :], 1)
+        row = tl.load(mixed + m * D + d).to(tl.float32)
+        out = tl.sum(w.to(tl.float32) * row[None, :], 1)
         if BIAS:
             out += tl.load(bias + n).to(tl.float32)
         tl.store(x + m * D + n, tl.load(x + m * D + n) + out)
@@ -270,73 +226,66 @@ def _gelu(x):
 @triton.jit
 def raise_(
     x, raised, weight, bias,
-    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
     EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Norm, the first matrix of the feed-forward net, and its activation."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    w = _matrix(weight, n, 0, D, D, WAYS, F)
-    if GATED:
-        w_through = _matrix(weight, n + F, 0, D, D, WAYS, 2 * F)
-    _ready(EARLY)
     d = tl.arange(0, D)
-    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
-    for m in tl.static_range(M):
-        row = _normed(tl.load(x + m * D + d), D, EPS, GATED).to(w.dtype)
-        given = _with_row(given, row, m, D, WAYS, PAD)
-    out = _product(w, given)
+    w = tl.load(weight + n[:, None] * D + d[None, :])
     if GATED:
-        out = out * tl.sigmoid(out) * _product(w_through, given)
-    else:
-        if BIAS:
-            out += tl.load(bias + n).to(tl.float32)[:, None]
-        out = _gelu(out)
-    column = tl.arange(0, PAD)[None, :]
-    tl.store(raised + column * F + n[:, None], out.to(raised.dtype.element_ty), mask=column < M)
+        w_through = tl.load(weight + (n + F)[:, None] * D + d[None, :])
+    _ready(EARLY)
+    for m in tl.static_range(M):
+        row = _normed(tl.load(x + m * D + d), D, EPS, GATED)
+        out = tl.sum(w.to(tl.float32) * row[None, :], 1)
+        if GATED:
+            out = out * tl.sigmoid(out) * tl.sum(w_through.to(tl.float32) * row[None, :], 1)
+        else:
+            if BIAS:
+                out += tl.load(bias + n).to(tl.float32)
+            out = _gelu(out)
+        tl.store(raised + m * F + n, out.to(raised.dtype.element_ty))
 
 
 @triton.jit
 def lower(
     raised, parts, weight, bias,
-    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, F: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
-    WAYS: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, F: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The last matrix of the feed-forward net in parts, each over a share of its inputs, for the next kernel to sum."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.program_id(1)
-    w = _matrix(weight, n, part * SHARE, F, SHARE, WAYS, D)
-    _ready(EARLY)
     f = part * SHARE + tl.arange(0, SHARE)
-    given = tl.zeros([WAYS, SHARE // WAYS, PAD], w.dtype)
+    w = tl.load(weight + n[:, None] * F + f[None, :])
+    _ready(EARLY)
     for m in tl.static_range(M):
-        given = _with_row(given, tl.load(raised + m * F + f).to(w.dtype), m, SHARE, WAYS, PAD)
-    out = _product(w, given)
-    if BIAS:
-        if part == 0:
-            out += tl.load(bias + n).to(tl.float32)[:, None]
-    column = tl.arange(0, PAD)[None, :]
-    tl.store(parts + (part * M + column) * D + n[:, None], out, mask=column < M)
+        row = tl.load(raised + m * F + f)
+        out = tl.sum(w.to(tl.float32) * row[None, :], 1)
+        if BIAS:
+            if part == 0:
+                out += tl.load(bias + n).to(tl.float32)
+        tl.store(parts + (part * M + m) * D + n, out)
 
 
 @triton.jit
 def head(
     x, parts, logits, weight, bias,
-    M: tl.constexpr, PAD: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
-    WAYS: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, V: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Sum of parts, norm, logits."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    w = _matrix(weight, n, 0, D, D, WAYS, V)
+    d = tl.arange(0, D)
+    w = tl.load(weight + n[:, None] * D + d[None, :], mask=n[:, None] < V, other=0.0)
     _ready(EARLY)
-    given = tl.zeros([WAYS, D // WAYS, PAD], w.dtype)
     for m in tl.static_range(M):
-        row = _normed(_row(x, parts, m, M, D, PARTS), D, EPS, GATED).to(w.dtype)
-        given = _with_row(given, row, m, D, WAYS, PAD)
-    out = _product(w, given)
-    if BIAS:
-        out += tl.load(bias + n, mask=n < V, other=0.0).to(tl.float32)[:, None]
-    column = tl.arange(0, PAD)[None, :]
-    tl.store(logits + column * V + n[:, None], out, mask=(column < M) & (n[:, None] < V))
+        row = _normed(_row(x, parts, m, M, D, PARTS), D, EPS, GATED)
+        out = tl.sum(w.to(tl.float32) * row[None, :], 1)
+        if BIAS:
+            out += tl.load(bias + n, mask=n < V, other=0.0).to(tl.float32)
+        tl.store(logits + m * V + n, out, mask=n < V)
 
 
 # -- for many rows, around cuBLAS -------------------------------------------------------------------------
@@ -430,9 +379,9 @@ def _clock(score, top, min_p, bits):
     """How soon a token's clock rings: the larger, the sooner. Unlikely ones have none."""
     likely = tl.exp(score - top)
     likely = tl.where(likely < min_p, 0.0, likely)
-    u = ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     # What rings first has a u close to 1, where the GPU's own logarithm keeps few digits: there by its series.
-    v = ((16777215 - (bits >> 8)).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    v = ((8388607 - (bits >> 9)).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v / 7))))))
     return likely / tl.where(v < 0.0625, series, -tl.log(u))
 

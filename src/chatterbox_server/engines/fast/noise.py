@@ -59,8 +59,8 @@ def drawn(seeds: torch.Tensor, purpose: int, positions: torch.Tensor, lanes: int
 
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:
-    """Within (0, 1), never either end: 24 bits of each word, which float32 holds exactly."""
-    return ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    """Within (0, 1), never either end: 23 bits of each word and a half, which float32 holds exactly."""
+    return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def exponential(seeds: torch.Tensor, purpose: int, positions: torch.Tensor, lanes: int) -> torch.Tensor:

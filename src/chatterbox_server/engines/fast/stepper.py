@@ -9,7 +9,7 @@ from torch.nn import functional
 from chatterbox_server.engines.fast import kernels
 from chatterbox_server.engines.fast.slots import CHUNK, Chosen, Slots
 
-FEW: Final = 8
+FEW: Final = 2
 """Rows up to which each matrix has a kernel of ours; with more, cuBLAS reads it faster."""
 
 
@@ -26,7 +26,7 @@ class Stepper:
         self._few = m <= few and not reads
         self._d, self._hd, self._f = backbone.dim, backbone.head_dim, backbone.layers[0].down.shape[1]
         # Attention's splits: enough programs for the whole GPU.
-        self._splits = 1 if reads else max(2 if self._few else 1, min(4, 512 // (m * backbone.heads)))
+        self._splits = 1 if reads else max(1, min(8, 512 // (m * backbone.heads)))
         self._share = min(1024, self._f)
         self._parts = self._f // self._share if self._few else 0
         # Each waits for the one in front of it alone, so all of them have to do it, or none.
@@ -40,9 +40,10 @@ class Stepper:
         self.rows, self.at = (torch.zeros(m, dtype=torch.int32, device=device) for _ in range(2))
         self._in_parts = empty(max(1, self._parts), m if self._few else 1, self._d)
         self._query = empty(m, self._d)
-        self._mixed = empty(m if self._splits > 1 else 1, self._splits, self._d)
-        self._tops, self._sums = (empty(m, self._splits, backbone.heads) for _ in range(2))
-        self._whole, self._normed = (empty(m, self._d, dtype=backbone.dtype) for _ in range(2))
+        self._in_splits = empty(m if self._splits > 1 else 1, self._splits, self._d)
+        self._tops, self._sums = (empty(m, backbone.heads, self._splits) for _ in range(2))
+        self._arrived = torch.zeros(m, backbone.heads, dtype=torch.int32, device=device)
+        self._mixed, self._normed = (empty(m, self._d, dtype=backbone.dtype) for _ in range(2))
         self._raised = empty(m, self._f, dtype=backbone.dtype)
         self._logits = empty(batch, slots.rows, slots.vocabulary)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -89,7 +90,7 @@ class Stepper:
 
     def _through_few(self) -> None:
         backbone = self._backbone
-        shape = {"M": self._m, "PAD": 16, "D": self._d, "EARLY": self._early} | self._launch
+        shape = {"M": self._m, "D": self._d, "EARLY": self._early} | self._launch
         normed = {"EPS": backbone.eps, "GATED": backbone.gated}
         x, next_x, parts = self.x, self._next_x, 0
         for number, layer in enumerate(backbone.layers):
@@ -98,34 +99,33 @@ class Stepper:
             kernels.qkv[(3 * self._d // (2 * block),)](
                 x, self._in_parts, next_x, layer.qkv, _or(layer.qkv_bias, layer.qkv), *self._angles(),
                 self.rows, self.at, self._query, keys, values, keys.stride(0), keys.stride(1),
-                HD=self._hd, PARTS=parts, BLOCK=block, WAYS=8, BIAS=layer.qkv_bias is not None, num_warps=8,
+                HD=self._hd, PARTS=parts, BLOCK=block, BIAS=layer.qkv_bias is not None, num_warps=8,
                 **shape, **normed,
             )  # fmt: skip
             if parts:
                 x, next_x = next_x, x
-            self._attend(keys, values, self._mixed)
-            block = min(8, self._d)
+            self._attend(keys, values)
+            block = min(4, self._d)
             kernels.project[(self._d // block,)](
-                x, self._mixed, self._tops, self._sums, layer.out, _or(layer.out_bias, layer.out),
-                M=self._m, D=self._d, HD=self._hd, SPLITS=self._splits, BLOCK=block, BIAS=layer.out_bias is not None,
-                EARLY=self._early, num_warps=8, **self._launch,
+                x, self._mixed, layer.out, _or(layer.out_bias, layer.out),
+                BLOCK=block, BIAS=layer.out_bias is not None, num_warps=8, **shape,
             )  # fmt: skip
-            block = min(32, self._f)
+            block = min(4, self._f)
             kernels.raise_[(self._f // block,)](
                 x, self._raised, layer.up, _or(layer.up_bias, layer.up),
-                F=self._f, BLOCK=block, WAYS=8, BIAS=layer.up_bias is not None, num_warps=8, **shape, **normed,
+                F=self._f, BLOCK=block, BIAS=layer.up_bias is not None, num_warps=4, **shape, **normed,
             )  # fmt: skip
-            block = min(32, self._d)
+            block = min(8, self._d)
             kernels.lower[(self._d // block, self._parts)](
                 self._raised, self._in_parts, layer.down, _or(layer.down_bias, layer.down),
-                F=self._f, SHARE=self._share, BLOCK=block, WAYS=8, BIAS=layer.down_bias is not None, num_warps=8,
+                F=self._f, SHARE=self._share, BLOCK=block, BIAS=layer.down_bias is not None, num_warps=4,
                 **shape,
             )  # fmt: skip
             parts = self._parts
-        block = 32
+        block = 8
         kernels.head[(triton.cdiv(self._of.vocabulary, block),)](
             x, self._in_parts, self._logits, backbone.head, _or(backbone.head_bias, backbone.head),
-            V=self._of.vocabulary, PARTS=parts, BLOCK=block, WAYS=8, BIAS=backbone.head_bias is not None, num_warps=8,
+            V=self._of.vocabulary, PARTS=parts, BLOCK=block, BIAS=backbone.head_bias is not None, num_warps=4,
             **shape, **normed,
         )  # fmt: skip
 
@@ -143,13 +143,8 @@ class Stepper:
             if self._reads:
                 self._attend_back(keys, values)
             else:
-                self._attend(keys, values, self._whole if self._splits == 1 else self._mixed)
-            if self._splits > 1:
-                kernels.merge[(self._m,)](
-                    self._mixed, self._tops, self._sums, self._whole,
-                    D=self._d, HD=self._hd, SPLITS=self._splits, num_warps=4,
-                )  # fmt: skip
-            self._add_norm(functional.linear(self._whole, layer.out, layer.out_bias))
+                self._attend(keys, values)
+            self._add_norm(functional.linear(self._mixed, layer.out, layer.out_bias))
             raised = functional.linear(self._normed, layer.up, layer.up_bias)
             block = min(1024, self._f)
             kernels.gate[(self._m, self._f // block)](
@@ -165,9 +160,10 @@ class Stepper:
             D=self._d, ADD=add is not None, EPS=self._backbone.eps, GATED=self._backbone.gated, num_warps=4,
         )  # fmt: skip
 
-    def _attend(self, keys: torch.Tensor, values: torch.Tensor, mixed: torch.Tensor) -> None:
+    def _attend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         kernels.attend[(self._m * self._backbone.heads, self._splits)](
-            self._query, keys, values, self.rows, self.at, mixed, self._tops, self._sums,
+            self._query, keys, values, self.rows, self.at, self._mixed,
+            self._in_splits, self._tops, self._sums, self._arrived,
             keys.stride(0), keys.stride(1),
             D=self._d, HD=self._hd, SPLITS=self._splits, BLOCK=64, EARLY=self._early, num_warps=4, **self._launch,
         )  # fmt: skip
@@ -175,7 +171,7 @@ class Stepper:
     def _attend_back(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         block = min(64, self._length)
         kernels.attend_back[(self._m // self._length * self._backbone.heads, self._length // block)](
-            self._query, keys, values, self.rows, self.at, self._whole, keys.stride(0), keys.stride(1),
+            self._query, keys, values, self.rows, self.at, self._mixed, keys.stride(0), keys.stride(1),
             LENGTH=self._length, D=self._d, HD=self._hd, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
