@@ -67,7 +67,7 @@ class Flow:
         self.tokens_ahead: int = flow.pre_lookahead_len
 
     def __call__(self, asked: Asked) -> Any:
-        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` there is nothing."""
+        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` it may be anything."""
         width = asked.tokens.shape[1] * self.frames_per_token
         steps = torch.arange(width, device=asked.tokens.device)
         inside = steps[: asked.tokens.shape[1]] < asked.lengths[:, None]
@@ -89,7 +89,7 @@ class Flow:
             if self._guidance is not None:
                 slope = (1 + self._guidance) * slope[:batch] - self._guidance * slope[batch:]
             x = x + pace * slope
-        return x * lengths.valid[..., None]
+        return x
 
 
 class Estimator:
