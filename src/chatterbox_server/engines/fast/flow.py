@@ -4,6 +4,8 @@ What does not change from step to step (time, speaker, prompt, the encoder's wor
 solver and time itself are float32 whatever the network computes in.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -11,18 +13,7 @@ from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.encoder import Encoder
-from chatterbox_server.engines.fast.layers import (
-    Attention,
-    Compile,
-    Kernels,
-    Lengths,
-    Linear,
-    Norm,
-    attend,
-    attend_all,
-    compiled,
-    windows,
-)
+from chatterbox_server.engines.fast.layers import Attention, Kernels, Lengths, Linear, Norm, attend, windows
 
 BANDS: Final = 80
 """Of the mel spectrogram."""
@@ -59,7 +50,6 @@ class Flow:
         encoder_dtype: Any,
         dtype: Any,
         attention: Attention = "mask",
-        compile: Compile = "off",  # noqa: A002 (torch's word)
         kernels: Kernels = "torch",
     ) -> None:
         weight = flow.input_embedding.weight
@@ -72,14 +62,12 @@ class Flow:
         if not meanflow and flow.decoder.t_scheduler == "cosine":
             times = 1 - torch.cos(times * 0.5 * torch.pi)
         self._paces: list[float] = (times[1:] - times[:-1]).tolist()
-        self._estimator = Estimator(
-            flow.decoder.estimator, times, dtype=dtype, attention=attention, compile=compile, kernels=kernels
-        )
+        self._estimator = Estimator(flow.decoder.estimator, times, dtype=dtype, attention=attention, kernels=kernels)
         self.frames_per_token: int = flow.token_mel_ratio
         self.tokens_ahead: int = flow.pre_lookahead_len
 
     def __call__(self, asked: Asked) -> Any:
-        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` there is nothing."""
+        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` it may be anything."""
         width = asked.tokens.shape[1] * self.frames_per_token
         steps = torch.arange(width, device=asked.tokens.device)
         inside = steps[: asked.tokens.shape[1]] < asked.lengths[:, None]
@@ -101,7 +89,7 @@ class Flow:
             if self._guidance is not None:
                 slope = (1 + self._guidance) * slope[:batch] - self._guidance * slope[batch:]
             x = x + pace * slope
-        return x * lengths.valid[..., None]
+        return x
 
 
 class Estimator:
@@ -117,7 +105,6 @@ class Estimator:
         *,
         dtype: Any,
         attention: Attention,
-        compile: Compile,  # noqa: A002
         kernels: Kernels,
     ) -> None:
         if not estimator.causal or len(estimator.down_blocks) != 1:
@@ -126,11 +113,11 @@ class Estimator:
         self._dtype = dtype
         groups = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
         embedded = _embedded(estimator, times)
-        layers: Layers = _InTorch(compile) if kernels == "torch" else _InTriton()
+        layers: Layers = _InTorch(attention) if kernels == "torch" else _InTriton(attention)
         self._layers = layers
         self._resnets = [_Resnet(group[0], embedded, dtype, layers) for group in groups]
         self._entrance = _Entrance(self._resnets[0])
-        self._blocks = [[_Block(block, dtype, attention, layers) for block in group[1]] for group in groups]
+        self._blocks = [[_weights(block, dtype) for block in group[1]] for group in groups]
         self._down = Linear.over_time(estimator.down_blocks[0][2], dtype)
         self._up = Linear.over_time(estimator.up_blocks[0][2], dtype)
         self._last, self._last_norm = _convolution(estimator.final_block, dtype)
@@ -151,13 +138,11 @@ class Estimator:
             x = self._attended(self._resnets[at](x, step), at, lengths)
         x = self._resnets[-1](torch.cat((x, skip), dim=-1), step)
         x = self._up(windows(self._attended(x, -1, lengths), 2))
-        x = self._layers.convolution(x, self._last, self._last_norm, time=self._nothing)
+        x = self._layers.convolution(x, self._last, self._last_norm, self._nothing)
         return self._out(x).float()
 
     def _attended(self, x: Any, at: int, lengths: Lengths) -> Any:
-        for block in self._blocks[at]:
-            x = block(x, lengths)
-        return x
+        return self._layers.blocks(x, lengths, self._blocks[at])
 
 
 def _embedded(estimator: Any, times: Any) -> Any:
@@ -187,14 +172,13 @@ class _Resnet:
         self._layers = layers
 
     def __call__(self, x: Any, step: int) -> Any:
-        inner = self._layers.convolution(x, self.first, self._norm_1, time=self._times[step])
-        beside = (x, self.beside.weight, self.beside.bias)
-        return self._layers.convolution(inner, self._second, self._norm_2, beside=beside)
+        inner = self._layers.convolution(x, self.first, self._norm_1, self._times[step])
+        return self._layers.convolution(inner, self._second, self._norm_2, self.beside(x))
 
     def told(self, first: Any, beside: Any, step: int) -> Any:
         """What comes after the first convolution, and the one beside both."""
-        inner = _mish(first, self._norm_1) + self._times[step]
-        return _mish(functional.linear(windows(inner, 2), *self._second), self._norm_2) + beside
+        inner = self._layers.mish(first, self._norm_1, self._times[step])
+        return self._layers.convolution(inner, self._second, self._norm_2, beside)
 
 
 class _Entrance:
@@ -223,102 +207,106 @@ class _Entrance:
         return self._resnet.told(first, beside + self._beside_of_x(x).repeat(turns), step)
 
 
-class _Block:
-    """The package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
+class Weights(NamedTuple):
+    """Of the package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
 
-    def __init__(self, block: Any, dtype: Any, attention: Attention, layers: "Layers") -> None:
-        self._attention = attention
-        norm_1, norm_3 = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
-        into = Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype)
-        first = (norm_1.weight, norm_1.bias, into.weight, norm_1.eps)
-        out, widen, narrow = (
-            Linear.of(module, dtype) for module in (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
-        )
-        rest = (
-            *(out.weight, out.bias, norm_3.weight, norm_3.bias),
-            *(widen.weight, widen.bias, narrow.weight, narrow.bias, norm_3.eps),
-        )
-        self._weights = Weights(first, rest, block.attn1.heads)
-        self._layers = layers
+    heads: int
+    before: tuple[Any, ...]
+    """Norm: weight, bias, eps."""
+    into: Any
+    """Queries, keys and values."""
+    out: Linear
+    between: tuple[Any, ...]
+    """Norm."""
+    widen: Linear
+    narrow: Linear
 
-    def __call__(self, x: Any, lengths: Lengths) -> Any:
-        return self._layers.block(x, lengths, self._weights, self._attention)
+
+def _weights(block: Any, dtype: Any) -> Weights:
+    before, between = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
+    return Weights(
+        heads=block.attn1.heads,
+        before=(before.weight, before.bias, before.eps),
+        into=Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype),
+        out=Linear.of(block.attn1.to_out[0], dtype),
+        between=(between.weight, between.bias, between.eps),
+        widen=Linear.of(block.ff.net[0].proj, dtype),
+        narrow=Linear.of(block.ff.net[2], dtype),
+    )
 
 
 # -- whose layers ----------------------------------------------------------------------------------------------
 
 
-class Weights(NamedTuple):
-    """Of a transformer block."""
-
-    first: tuple[Any, ...]
-    """Of the norm before attention and of the way into it."""
-    rest: tuple[Any, ...]
-    """Of the way out of it, and of the norm and the feed-forward after it."""
-    heads: int
-
-
 class Layers(Protocol):
     """What the estimator is made of."""
 
-    def convolution(
-        self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], *, time: Any = None, beside: Any = None
-    ) -> Any:
-        """Over a frame and the two before it, norm, Mish; then ``time`` is added, or a projection of what is beside."""
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        """Over a frame and the two before it, then ``mish``."""
         ...
 
-    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any: ...
+    def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
+        """Mish of the norm, plus ``added``: for all frames, or for each."""
+        ...
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any: ...
 
 
 class _InTorch:
-    def __init__(self, how: Compile) -> None:
-        self._convolution = compiled(_convolved, how)
-        self._begin, self._finish = compiled(_into_heads, how), compiled(_after_attention, how)
+    """As it is written."""
 
-    def convolution(
-        self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], *, time: Any = None, beside: Any = None
-    ) -> Any:
-        return self._convolution(x, first, norm, time, beside)
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
 
-    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any:
-        queries, keys, values = self._begin(x, weights.first).unflatten(-1, (3, weights.heads, -1)).unbind(2)
-        return self._finish(x, attend(queries, keys, values, lengths, how).flatten(2), weights.rest)
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        return self.mish(functional.linear(windows(x, 2), *first), norm, added)
+
+    def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
+        return functional.mish(_normed(x, norm)) + added
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
+        for block in blocks:
+            x = x + block.out(_attended(_normed(x, block.before), lengths, block, self._attention))
+            x = x + block.narrow(functional.gelu(block.widen(_normed(x, block.between))))
+        return x
 
 
 class _InTriton:
-    def __init__(self) -> None:
+    """In fewer kernels: a residual is added where the next norm reads it, and GELU applied by its product's kernel.
+
+    Of GELU cuBLAS knows the tanh form, whose error is below that of bf16.
+    """
+
+    def __init__(self, attention: Attention) -> None:
         from chatterbox_server.engines.fast import tiles
 
-        self._tiles = tiles
-        self.convolution = tiles.convolution
+        self._attention, self._tiles = attention, tiles
+        self.mish = tiles.norm_mish
 
-    def block(self, x: Any, lengths: Lengths, weights: "Weights", how: Attention) -> Any:
-        into = self._tiles.norm_linear(x, weights.first, lengths.counts)
-        queries, keys, values = into.unflatten(-1, (3, weights.heads, -1)).unbind(2)
-        if how in ("lse-cudnn", "lse-flash"):
-            attended, sums = attend_all(queries, keys, values, how)
-        else:
-            attended, sums = attend(queries, keys, values, lengths, how), None
-        return self._tiles.after_attention(x, attended.flatten(2), weights.rest, lengths.counts, sums)
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        return self._tiles.norm_mish(functional.linear(self._tiles.windows(x), *first), norm, added)
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
+        normed = self._tiles.norm(x, blocks[0].before)
+        for block, after in zip_longest(blocks, blocks[1:]):
+            made = block.out(_attended(normed, lengths, block, self._attention))
+            x, normed = self._tiles.add_norm(x, made, block.between)
+            wide = torch._addmm_activation(  # noqa: SLF001 (the only name of it)
+                block.widen.bias, normed.flatten(0, 1), block.widen.weight.t(), use_gelu=True
+            )
+            made = block.narrow(wide).unflatten(0, x.shape[:2])
+            if after is None:
+                x = x + made
+            else:
+                x, normed = self._tiles.add_norm(x, made, after.before)
+        return x
 
 
-def _mish(x: Any, norm: tuple[Any, ...]) -> Any:
+def _normed(x: Any, norm: tuple[Any, ...]) -> Any:
     weight, bias, eps = norm
-    return functional.mish(functional.layer_norm(x, weight.shape, weight, bias, eps))
+    return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def _convolved(x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], time: Any, beside: Any) -> Any:
-    x = _mish(functional.linear(windows(x, 2), *first), norm)
-    return x + (time if beside is None else functional.linear(*beside))
-
-
-def _into_heads(x: Any, weights: tuple[Any, ...]) -> Any:
-    weight, bias, into, eps = weights
-    return functional.linear(functional.layer_norm(x, weight.shape, weight, bias, eps), into)
-
-
-def _after_attention(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
-    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
-    x = x + functional.linear(attended, out, out_bias)
-    normed = functional.layer_norm(x, weight.shape, weight, bias, eps)
-    return x + functional.linear(functional.gelu(functional.linear(normed, widen, widen_bias)), narrow, narrow_bias)
+def _attended(x: Any, lengths: Lengths, block: Weights, how: Attention) -> Any:
+    queries, keys, values = block.into(x).unflatten(-1, (3, block.heads, -1)).unbind(2)
+    return attend(queries, keys, values, lengths, how).flatten(2)

@@ -3,33 +3,17 @@
 No random numbers, no shape that depends on a value, nothing read back from the device.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash", "lse-cudnn", "lse-flash", "full"]
-"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses); FlashAttention's variable
-lengths; a kernel that knows of no padding, whose share is then taken off its sums. ``full`` keeps nothing out: right
-only where every row fills its bucket, and the floor to measure the others by."""
-
-Compile = Literal["off", "static", "dynamic"]
-
+Attention = Literal["mask", "flash", "cudnn"]
+"""How padding is kept out of attention: a boolean mask, or on CUDA in 16 bits lengths, by FlashAttention or cuDNN."""
 
 Kernels = Literal["torch", "triton"]
-"""Whose the layers are that matter: torch's, or one of ours for each (``tiles``), on CUDA."""
-
-
-def compiled(function: Callable[..., Any], how: Compile) -> Callable[..., Any]:
-    """``function`` with its pointwise parts fused: for each shape anew, or once for all of them."""
-    if how == "off":
-        return function
-    # Eight shapes of each are its default, after which it refuses.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # noqa: SLF001
-    made: Callable[..., Any] = torch.compile(function, dynamic=how == "dynamic", fullgraph=True)
-    return made
+"""Whose the steps between products are, and the vocoder's convolutions: torch's, or ours (``tiles``), on CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +74,6 @@ def windows(x: Any, before: int, after: int = 0) -> Any:
 class Lengths:
     """Of the rows of a batch that is padded to ``width``, in every form that attention asks for."""
 
-    counts: Any
-    """(batch,)."""
     valid: Any
     """(batch, width), True where a row is."""
     segments: Any
@@ -103,13 +85,12 @@ class Lengths:
         steps = torch.arange(width, device=lengths.device)
         rows = torch.arange(lengths.shape[0] + 1, device=lengths.device) * width
         ends = torch.stack((rows[:-1], rows[:-1] + lengths), dim=1).flatten()
-        return cls(lengths, steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
+        return cls(steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
 
     def twice(self) -> "Lengths":
         """For the same batch with and without guidance, one after the other."""
         shifted = self.segments[1:] + self.segments[-1]
         return Lengths(
-            torch.cat((self.counts, self.counts)),
             torch.cat((self.valid, self.valid)),
             torch.cat((self.segments, shifted)),
         )
@@ -117,49 +98,23 @@ class Lengths:
 
 def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
     """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how == "flash" and _by_a_kernel(queries):
-        return _flash(queries, keys, values, lengths)
-    if how in ("lse-cudnn", "lse-flash"):
-        within = lengths.valid[..., None, None]
-        attended, sums = attend_all(queries, keys * within, values * within, how)
-        padded = lengths.valid.shape[1] - lengths.counts[:, None, None]
-        share = 1 - padded * torch.exp(-sums)
-        return (attended / share.transpose(1, 2)[..., None]).to(queries.dtype)
-    mask = None if how == "full" else lengths.valid[:, None, None, :]
+    if how != "mask" and queries.is_cuda and queries.dtype != torch.float32:
+        return _packed(queries, keys, values, lengths, how)
     across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    return functional.scaled_dot_product_attention(*across, attn_mask=mask).transpose(1, 2)
+    return functional.scaled_dot_product_attention(*across, attn_mask=lengths.valid[:, None, None, :]).transpose(1, 2)
 
 
-def attend_all(queries: Any, keys: Any, values: Any, how: Attention) -> tuple[Any, Any]:
-    """Attention over all positions, padding too, and the logarithm of each sum, float32, (batch, heads, time).
-
-    A position whose key and value are nothing adds 1 to each sum, and nothing to what is summed.
-    """
-    across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    aten = torch.ops.aten
-    if not _by_a_kernel(queries):
-        scores = across[0].float() @ across[1].float().transpose(2, 3) * queries.shape[-1] ** -0.5
-        sums = scores.logsumexp(-1)
-        attended = torch.exp(scores - sums[..., None]).to(queries.dtype) @ across[2]
-    elif how == "lse-cudnn":
-        attended, sums, *_ = aten._scaled_dot_product_cudnn_attention(*across, None, True)  # noqa: SLF001
-    else:
-        attended, sums, *_ = aten._scaled_dot_product_flash_attention(*across)  # noqa: SLF001
-    return attended.transpose(1, 2), sums.reshape(attended.shape[:3])
-
-
-def _by_a_kernel(queries: Any) -> bool:
-    return bool(queries.is_cuda and queries.dtype != torch.float32)
-
-
-def _flash(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:
+def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
+    """Rows and padding as so many sequences one after another. Public in torch from 2.10 on, but for the choice."""
     batch, width = queries.shape[:2]
     packed = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-    ends = lengths.segments
-    attended = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 (the public name came with torch 2.10)
-        *packed, ends, ends, width, width, 0.0, False, False
-    )[0]
-    return attended.unflatten(0, (batch, width))
+    ends, aten = lengths.segments, torch.ops.aten
+    if how == "flash":
+        attended = aten._flash_attention_forward(*packed, ends, ends, width, width, 0.0, False, False)  # noqa: SLF001
+    else:
+        told = (None, ends, ends, width, width, True, 0.0, False, False)
+        attended = aten._cudnn_attention_forward(*packed, *told)  # noqa: SLF001
+    return attended[0].unflatten(0, (batch, width))
 
 
 NEVER: Final = float("-inf")

@@ -4,6 +4,7 @@ A batch is padded to one of a few shapes, so that each shape is recorded once. W
 its tokens, voice and seed, and not on who shares its batch.
 """
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,9 +12,9 @@ from typing import Any, Final
 import torch
 
 from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow
-from chatterbox_server.engines.fast.layers import Attention, Compile, Kernels
+from chatterbox_server.engines.fast.layers import Attention, Kernels
 from chatterbox_server.engines.fast.recorded import Recording, Recordings
-from chatterbox_server.engines.fast.vocoder import Heard, Layout, Vocoder
+from chatterbox_server.engines.fast.vocoder import Heard, Vocoder
 from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 
 SAMPLE_RATE_HZ: Final = 24_000
@@ -25,9 +26,9 @@ HELD: Final = 8
 FADE: Final = 4
 """Frames, of those held, over which one chunk passes into the next."""
 
-WIDTHS: Final = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+WIDTHS: Final = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536)
 """Tokens, or frames of the vocoder by twos, that a batch is padded to; multiples of 16 suit attention's kernels."""
-BATCHES: Final = (1, 2, 4, 8, 16, 32)
+BATCHES: Final = (1, 2, 4, 8, 16)
 UNEVEN: Final = 1.5
 """Times that one utterance may be longer than another of its batch."""
 RECORDINGS_KEPT: Final = 64
@@ -41,11 +42,23 @@ class How:
     estimator: Any = torch.float32
     vocoder: Any = torch.float32
     attention: Attention = "mask"
-    compile: Compile = "off"
     kernels: Kernels = "torch"
     """Where parts compute in 16 bits on CUDA; elsewhere torch's."""
-    layout: Layout = "channels"
     graphs: bool = True
+
+
+def how_for(device: str) -> How:
+    """What measured best (scripts/gpu/fast_sound.txt) on CUDA; elsewhere float32, as the package computes."""
+    if torch.device(device).type != "cuda":
+        return How()
+    kernels: Kernels = "triton" if importlib.util.find_spec("triton") else "torch"
+    return How(
+        encoder=torch.bfloat16,
+        estimator=torch.bfloat16,
+        vocoder=torch.float16,
+        attention="flash",
+        kernels=kernels,
+    )
 
 
 @dataclass(slots=True)
@@ -128,16 +141,9 @@ class Sound:
                 encoder_dtype=how.encoder,
                 dtype=how.estimator,
                 attention=how.attention,
-                compile=how.compile,
                 kernels=self._kernels(how, how.estimator),
             )
-            self._vocoder = Vocoder(
-                s3gen.mel2wav,
-                dtype=how.vocoder,
-                layout=how.layout,
-                compile=how.compile,
-                kernels=self._kernels(how, how.vocoder),
-            )
+            self._vocoder = Vocoder(s3gen.mel2wav, dtype=how.vocoder, kernels=self._kernels(how, how.vocoder))
             self._rise = s3gen.trim_fade.detach().to(device)
             fade = FADE * self._vocoder.samples_per_frame
             self._fade = (1 - torch.cos(torch.linspace(0, torch.pi, fade, device=device))) / 2
@@ -159,7 +165,8 @@ class Sound:
                 "embedding": torch.ones(1, 192, device=self._device),
             }
             said = torch.zeros(tokens, dtype=torch.int64, device=self._device)
-            self.speak([Take(tokens=said, voice=voice, seed=0)] * batch)
+            for _ in range(2):
+                self.speak([Take(tokens=said, voice=voice, seed=0)] * batch)
 
     def speak(self, takes: Sequence[Take]) -> list[Any]:
         """What each take adds to its utterance: float32 samples on the device, not waited for; none if too early."""
@@ -231,7 +238,8 @@ class Sound:
         return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
     def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
-        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch))
+        # One more, for to attention padding is a sequence, and not every kernel takes one of no length.
+        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch) + 1)
         recording = self.recordings.find(("flow", rows, width), self._flow, lambda: self._flow_blank(rows, width))
         asked = recording.inputs
         full = [*batch, *[batch[0]] * (rows - len(batch))]

@@ -1,7 +1,8 @@
-"""The estimator's and the vocoder's layers, each as one Triton kernel: from norm to residual, a row stays in registers.
+"""What torch would do to a row of channels in several kernels, each of which reads and writes it anew: Triton in one.
 
-Where torch writes a row's channels to memory after each step and reads them back, these read and write them once. Sums
-are float32. What they compute ``flow`` and ``vocoder`` also compute in torch; tests/server/test_fast_tiles.py compares.
+Products stay with cuBLAS, which is faster than ours at these sizes; the vocoder's convolutions are ours, for cuDNN's
+take nearly three times as long. Sums are float32. What these compute ``flow`` and ``vocoder`` compute in torch too, and
+tests/server/test_fast_tiles.py compares them.
 """
 
 from typing import Any
@@ -13,24 +14,130 @@ import triton.language as tl
 # ruff: noqa: PLR0917 (kernels take pointers and numbers, untyped and many)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,unused-ignore"
 
+# Numbers are not specialised (to multiples of 16, to 1): each of their sorts would be compiled anew.
 
-def _tried(configs: list[Any]) -> list[Any]:
-    """Where kernels are interpreted, there is nothing to measure."""
-    return configs[:1] if triton.knobs.runtime.interpret else configs
+AT_ONCE = 8
+"""Rows of a program that has no product."""
 
 
-# A row of channels is a tile's width. Few choices, for each is compiled; autotune leaves out what does not fit a card.
-def _choices(*choices: tuple[dict[str, int], int, int]) -> list[Any]:
-    return _tried([triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in choices])
+# -- the flow's ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _normed(x, weight, bias, eps, channels: tl.constexpr):
-    mean = tl.sum(x, axis=1) / channels
-    centred = x - mean[:, None]
-    scale = 1 / tl.sqrt(tl.sum(centred * centred, axis=1) / channels + eps)
-    # Not from ``centred``, which would stay in registers for it beside ``x``, and spill.
-    return (x * scale[:, None] - (mean * scale)[:, None]) * weight[None, :] + bias[None, :]
+def _normed(x, weight_at, bias_at, eps, channels: tl.constexpr):
+    channel = tl.arange(0, channels)
+    x = x - (tl.sum(x, axis=1) / channels)[:, None]
+    scale = 1 / tl.sqrt(tl.sum(x * x, axis=1) / channels + eps)
+    weight, bias = tl.load(weight_at + channel).to(tl.float32), tl.load(bias_at + channel).to(tl.float32)
+    return x * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_norm(
+    x_at,
+    added_at,
+    sum_at,
+    out_at,
+    weight_at,
+    bias_at,
+    rows,
+    eps,
+    channels: tl.constexpr,
+    has_added: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once)
+    inside = (row < rows)[:, None]
+    at = row[:, None] * channels + tl.arange(0, channels)[None, :]
+    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
+    if has_added:
+        x += tl.load(added_at + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_at + at, x.to(sum_at.dtype.element_ty), mask=inside)
+    normed = _normed(x, weight_at, bias_at, eps, channels)
+    tl.store(out_at + at, normed.to(out_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_mish(
+    x_at,
+    added_at,
+    out_at,
+    weight_at,
+    bias_at,
+    rows,
+    eps,
+    channels: tl.constexpr,
+    for_all: tl.constexpr,
+    at_once: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once)
+    channel = tl.arange(0, channels)
+    inside = (row < rows)[:, None]
+    at = row[:, None] * channels + channel[None, :]
+    normed = _normed(tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32), weight_at, bias_at, eps, channels)
+    # Mish: x * tanh(log(1 + exp(x))), without the logarithm.
+    grown = tl.exp(tl.minimum(normed, 20.0))
+    grown = grown * (grown + 2)
+    out = normed * (grown / (grown + 2))
+    if for_all:
+        out += tl.load(added_at + channel).to(tl.float32)[None, :]
+    else:
+        out += tl.load(added_at + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_at + at, out.to(out_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "width"])
+def _windows(x_at, out_at, rows, width, channels: tl.constexpr, block: tl.constexpr, at_once: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once)
+    channel = tl.arange(0, block)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    for tap in tl.static_range(3):
+        heard = inside & (row % width >= 2 - tap)[:, None]
+        x = tl.load(x_at + (row - (2 - tap))[:, None] * channels + channel[None, :], mask=heard, other=0.0)
+        tl.store(out_at + row[:, None] * (3 * channels) + tap * channels + channel[None, :], x, mask=inside)
+
+
+def norm(x: Any, norm: tuple[Any, ...]) -> Any:
+    """torch's ``layer_norm``; ``norm`` is weight, bias, eps."""
+    out, rows = torch.empty_like(x), x.shape[:-1].numel()
+    weight, bias, eps = norm
+    _add_norm[(triton.cdiv(rows, AT_ONCE),)](
+        x, x, x, out, weight, bias, rows, eps, channels=x.shape[-1], has_added=False, at_once=AT_ONCE
+    )
+    return out
+
+
+def add_norm(x: Any, added: Any, norm: tuple[Any, ...]) -> tuple[Any, Any]:
+    """``x + added``, and its norm."""
+    total, out, rows = torch.empty_like(x), torch.empty_like(x), x.shape[:-1].numel()
+    weight, bias, eps = norm
+    _add_norm[(triton.cdiv(rows, AT_ONCE),)](
+        x, added, total, out, weight, bias, rows, eps, channels=x.shape[-1], has_added=True, at_once=AT_ONCE
+    )
+    return total, out
+
+
+def norm_mish(x: Any, norm: tuple[Any, ...], added: Any) -> Any:
+    """Mish of the norm of ``x``, plus ``added``: of one row for all, or of as many as ``x``."""
+    out, rows = torch.empty_like(x), x.shape[:-1].numel()
+    weight, bias, eps = norm
+    _norm_mish[(triton.cdiv(rows, AT_ONCE),)](
+        x, added, out, weight, bias, rows, eps, channels=x.shape[-1], for_all=added.dim() == 1, at_once=AT_ONCE
+    )
+    return out
+
+
+def windows(x: Any) -> Any:
+    """Each frame of (batch, width, channels) after the two before it, as ``layers.windows(x, 2)``."""
+    batch, width, channels = x.shape
+    out, rows = x.new_empty((batch, width, 3 * channels)), batch * width
+    _windows[(triton.cdiv(rows, AT_ONCE),)](
+        x, out, rows, width, channels=channels, block=triton.next_power_of_2(channels), at_once=AT_ONCE
+    )
+    return out
+
+
+# -- the vocoder's ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -47,194 +154,7 @@ def _snake(x, alpha, inverse):
     return x + inverse * sine * sine
 
 
-@triton.autotune(
-    configs=_choices(
-        ({"block_m": 32, "block_n": 64}, 4, 2),
-        ({"block_m": 64, "block_n": 128}, 4, 2),
-        ({"block_m": 128, "block_n": 128}, 8, 2),
-    ),
-    key=["size"],
-)
-@triton.jit
-def _norm_linear(
-    x_at,
-    out_at,
-    norm_weight_at,
-    norm_bias_at,
-    weight_at,
-    counts_at,
-    rows,
-    width,
-    eps,
-    size,  # noqa: ARG001
-    channels: tl.constexpr,
-    outputs: tl.constexpr,
-    block_m: tl.constexpr,
-    block_n: tl.constexpr,
-):
-    row = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    column = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    channel = tl.arange(0, channels)
-    inside = (row < rows)[:, None]
-    at = row[:, None].to(tl.int64)
-    x = tl.load(x_at + at * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    norm_weight = tl.load(norm_weight_at + channel).to(tl.float32)
-    norm_bias = tl.load(norm_bias_at + channel).to(tl.float32)
-    normed = _normed(x, norm_weight, norm_bias, eps, channels)
-    # Padding comes out as nothing, which attention can take off its sums again.
-    count = tl.load(counts_at + row // width, mask=row < rows, other=0)
-    normed = tl.where((row % width < count)[:, None], normed, 0.0).to(out_at.dtype.element_ty)
-    weight = tl.load(weight_at + column[None, :] * channels + channel[:, None])
-    out = tl.dot(normed, weight, input_precision="ieee")
-    tl.store(out_at + at * outputs + column[None, :], out.to(out_at.dtype.element_ty), mask=inside)
-
-
-@triton.autotune(
-    configs=_choices(
-        ({"block_m": 16, "block_k": 64}, 4, 3),
-        ({"block_m": 64, "block_k": 64}, 8, 2),
-        ({"block_m": 64, "block_k": 64}, 8, 3),
-        ({"block_m": 128, "block_k": 64}, 8, 2),
-        ({"block_m": 128, "block_k": 64}, 8, 3),
-        ({"block_m": 128, "block_k": 64}, 16, 2),
-    ),
-    key=["size"],
-)
-@triton.jit
-def _after_attention(
-    x_at,
-    attended_at,
-    result_at,
-    out_at,
-    out_bias_at,
-    norm_weight_at,
-    norm_bias_at,
-    widen_at,
-    widen_bias_at,
-    narrow_at,
-    narrow_bias_at,
-    counts_at,
-    sums_at,
-    rows,
-    width,
-    eps,
-    size,  # noqa: ARG001
-    channels: tl.constexpr,
-    heads: tl.constexpr,
-    head: tl.constexpr,
-    corrected: tl.constexpr,
-    hidden: tl.constexpr,
-    block_m: tl.constexpr,
-    block_k: tl.constexpr,
-):
-    row = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    channel = tl.arange(0, channels)
-    inside = (row < rows)[:, None]
-    at = row[:, None].to(tl.int64)
-    kind = result_at.dtype.element_ty
-    padded = (width - tl.load(counts_at + row // width, mask=row < rows, other=0)).to(tl.float32)
-    sums = tl.zeros((block_m, channels), dtype=tl.float32)
-    for begin in range(0, heads, block_k):
-        some = begin + tl.arange(0, block_k)
-        attended = tl.load(attended_at + at * heads + some[None, :], mask=inside, other=0.0)
-        if corrected:
-            # Of one head: a step is never wider than it.
-            summed = tl.load(
-                sums_at + ((row // width) * (heads // head) + begin // head) * width + row % width,
-                mask=row < rows,
-                other=0,
-            )
-            attended = (attended.to(tl.float32) / (1 - padded * tl.exp(-summed))[:, None]).to(kind)
-        weight = tl.load(out_at + channel[None, :] * heads + some[:, None])
-        sums = tl.dot(attended, weight, sums, input_precision="ieee")
-    sums += tl.load(x_at + at * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    sums += tl.load(out_bias_at + channel).to(tl.float32)[None, :]
-    norm_weight = tl.load(norm_weight_at + channel).to(tl.float32)
-    norm_bias = tl.load(norm_bias_at + channel).to(tl.float32)
-    normed = _normed(sums, norm_weight, norm_bias, eps, channels).to(kind)
-    sums += tl.load(narrow_bias_at + channel).to(tl.float32)[None, :]
-    for begin in range(0, hidden, block_k):
-        some = begin + tl.arange(0, block_k)
-        widen = tl.load(widen_at + some[None, :] * channels + channel[:, None])
-        wide = tl.dot(normed, widen, input_precision="ieee") + tl.load(widen_bias_at + some).to(tl.float32)[None, :]
-        wide = 0.5 * wide * (1 + tl.erf(wide * 0.7071067811865476))
-        narrow = tl.load(narrow_at + channel[None, :] * hidden + some[:, None])
-        sums = tl.dot(wide.to(kind), narrow, sums, input_precision="ieee")
-    tl.store(result_at + at * channels + channel[None, :], sums.to(kind), mask=inside)
-
-
-@triton.autotune(
-    configs=_choices(
-        ({"block_m": 16, "block_k": 64}, 4, 3),
-        ({"block_m": 64, "block_k": 64}, 8, 2),
-        ({"block_m": 64, "block_k": 64}, 8, 3),
-        ({"block_m": 128, "block_k": 64}, 8, 2),
-        ({"block_m": 128, "block_k": 64}, 16, 2),
-    ),
-    key=["size", "inputs"],
-)
-@triton.jit
-def _convolution(
-    x_at,
-    beside_at,
-    result_at,
-    weight_at,
-    bias_at,
-    norm_weight_at,
-    norm_bias_at,
-    time_at,
-    beside_weight_at,
-    rows,
-    width,
-    eps,
-    inputs,
-    besides,
-    size,  # noqa: ARG001
-    channels: tl.constexpr,
-    block_m: tl.constexpr,
-    block_k: tl.constexpr,
-):
-    row = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    channel = tl.arange(0, channels)
-    inside = row < rows
-    step = row % width
-    at = row.to(tl.int64)
-    kind = result_at.dtype.element_ty
-    sums = tl.zeros((block_m, channels), dtype=tl.float32)
-    for begin in range(0, 3 * inputs, block_k):
-        back = 2 - begin // inputs
-        some = begin % inputs + tl.arange(0, block_k)
-        # Before a row's first frame there is nothing.
-        heard = (inside & (step >= back))[:, None]
-        x = tl.load(x_at + (at - back)[:, None] * inputs + some[None, :], mask=heard, other=0.0)
-        weight = tl.load(weight_at + channel[None, :] * (3 * inputs) + begin + tl.arange(0, block_k)[:, None])
-        sums = tl.dot(x, weight, sums, input_precision="ieee")
-    sums += tl.load(bias_at + channel).to(tl.float32)[None, :]
-    norm_weight = tl.load(norm_weight_at + channel).to(tl.float32)
-    norm_bias = tl.load(norm_bias_at + channel).to(tl.float32)
-    normed = _normed(sums, norm_weight, norm_bias, eps, channels)
-    # Mish: x * tanh(log(1 + exp(x))), without the logarithm.
-    grown = tl.exp(tl.minimum(normed, 20.0))
-    grown = grown * (grown + 2)
-    sums = normed * (grown / (grown + 2))
-    sums += tl.load(time_at + channel).to(tl.float32)[None, :]
-    for begin in range(0, besides, block_k):
-        some = begin + tl.arange(0, block_k)
-        x = tl.load(beside_at + at[:, None] * besides + some[None, :], mask=inside[:, None], other=0.0)
-        weight = tl.load(beside_weight_at + channel[None, :] * besides + some[:, None])
-        sums = tl.dot(x, weight, sums, input_precision="ieee")
-    tl.store(result_at + at[:, None] * channels + channel[None, :], sums.to(kind), mask=inside[:, None])
-
-
-@triton.autotune(
-    configs=_choices(
-        ({"block_m": 64, "block_k": 64}, 4, 3),
-        ({"block_m": 64, "block_k": 64}, 8, 3),
-        ({"block_m": 128, "block_k": 64}, 8, 3),
-    ),
-    key=["size", "channels"],
-)
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "taps", "dilation"])
 def _around(
     x_at,
     beside_at,
@@ -250,7 +170,6 @@ def _around(
     width,
     taps,
     dilation,
-    size,  # noqa: ARG001
     channels: tl.constexpr,
     has_beside: tl.constexpr,
     has_summed: tl.constexpr,
@@ -291,7 +210,7 @@ def _around(
         tl.store(bent_at + where, bent.to(kind), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "width"])
 def _bent(
     x_at,
     bent_at,
@@ -318,6 +237,13 @@ def _bent(
     count = tl.load(counts_at + row // width, mask=inside, other=0)
     x = tl.where(row % width < count, x, 0.0)
     tl.store(bent_at + at, x.to(bent_at.dtype.element_ty), mask=inside)
+
+
+def _tile(rows: int, channels: int) -> dict[str, int]:
+    """Few rows are shared out among more programs; 64 rows of 256 channels already fill the registers."""
+    if rows < 4096:
+        return {"block_m": 16, "block_k": 64, "num_warps": 4, "num_stages": 3}
+    return {"block_m": 64 if channels > 128 else 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
 
 
 def around(
@@ -348,11 +274,12 @@ def around(
     result = torch.empty_like(x) if keep else None
     bent = None if bend is None else torch.empty_like(x)
     alpha, inverse = bend or (bias, bias)
-    _around[_rows_of(rows)](
+    tile = _tile(rows, channels)
+    _around[(triton.cdiv(rows, tile["block_m"]),)](
         x, x if beside is None else beside, x if summed is None else summed, x if result is None else result,
         x if bent is None else bent, weight, bias, alpha, inverse, counts, rows, width, len(weight), dilation,
-        _size(rows), channels=channels, has_beside=beside is not None,
-        has_summed=summed is not None, has_result=keep, has_bent=bent is not None,
+        channels=channels, has_beside=beside is not None, has_summed=summed is not None, has_result=keep,
+        has_bent=bent is not None, **tile,
     )  # fmt: skip
     return result, bent
 
@@ -367,73 +294,3 @@ def bent(x: Any, counts: Any, *, bend: Any = None, scale: float = 1.0, slope: fl
         channels=channels, snake=bend is not None, block=block,
     )  # fmt: skip
     return made
-
-
-def _size(rows: int) -> int:
-    """What autotune tells apart: a batch, or a single chunk."""
-    return min(rows, 2**18).bit_length()
-
-
-def chosen() -> list[str]:
-    """What autotune has found so far: kernel, what it tells apart, tile."""
-    tuned = (_norm_linear, _after_attention, _convolution, _around)
-    return [f"{kernel.fn.__name__} {key[:3]}: {config}" for kernel in tuned for key, config in kernel.cache.items()]
-
-
-def norm_linear(x: Any, weights: tuple[Any, ...], counts: Any) -> Any:
-    """As ``flow._into_heads``; ``x`` (batch, width, channels) is nothing beyond its ``counts``."""
-    weight, bias, into, eps = weights
-    rows, channels = x.shape[:-1].numel(), x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], len(into)))
-
-    def grid(chosen: Any) -> tuple[int, int]:
-        return triton.cdiv(rows, chosen["block_m"]), len(into) // chosen["block_n"]
-
-    _norm_linear[grid](
-        x, out, weight, bias, into, counts, rows, x.shape[1], eps, _size(rows), channels=channels, outputs=len(into)
-    )
-    return out
-
-
-def after_attention(x: Any, attended: Any, weights: tuple[Any, ...], counts: Any, sums: Any = None) -> Any:
-    """As ``flow._after_attention``.
-
-    With ``sums``, the logarithms (batch, heads, width) of what attention has divided by, of which the padding is taken
-    off: each position that was nothing has added one to it, and nothing else.
-    """
-    heads = attended.shape[-1]
-    head = heads if sums is None else heads // sums.shape[1]
-    *pointers, eps = weights
-    rows, channels = x.shape[:-1].numel(), x.shape[-1]
-    result = torch.empty_like(x)
-    _after_attention[_rows_of(rows)](
-        x, attended, result, *pointers, counts, x if sums is None else sums, rows, x.shape[1], eps, _size(rows),
-        channels=channels, heads=heads, head=head, hidden=len(weights[4]), corrected=sums is not None,
-    )  # fmt: skip
-    return result
-
-
-def convolution(x: Any, first: tuple[Any, ...], norm: tuple[Any, ...], *, time: Any = None, beside: Any = None) -> Any:
-    """A causal convolution of three, its norm and Mish; then ``time`` is added, or a projection of something beside it.
-
-    Args:
-        x: (batch, width, inputs), contiguous.
-        first: weight as ``windows`` want it, (channels, 3 * inputs), and bias.
-        norm: weight, bias, eps.
-        time: (channels,).
-        beside: (batch, width, besides), its weight and bias.
-    """
-    batch, width, inputs = x.shape
-    weight, bias = first
-    result = x.new_empty((batch, width, len(weight)))
-    # The projection's bias is added as the time is.
-    other, other_weight, added = beside or (x, weight, time)
-    _convolution[_rows_of(batch * width)](
-        x, other, result, weight, bias, *norm[:2], added, other_weight, batch * width, width, norm[2],
-        inputs, 0 if beside is None else other.shape[-1], _size(batch * width), channels=len(weight),
-    )  # fmt: skip
-    return result
-
-
-def _rows_of(rows: int) -> Any:
-    return lambda chosen: (triton.cdiv(rows, chosen["block_m"]),)

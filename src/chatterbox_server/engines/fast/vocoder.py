@@ -5,17 +5,13 @@ The source's phase, the Fourier transforms at both ends and the sound itself are
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.layers import Compile, Kernels, Linear, compiled, windows
-
-Layout = Literal["channels", "time"]
-"""What lies side by side in memory between convolutions: channels, as tensor cores read them, or time."""
+from chatterbox_server.engines.fast.layers import Kernels, Linear, windows
 
 DRAWN_AT_ONCE: Final = 4
 """Samples of the source's noise from one counter: its position counts these, its lane is the sample among them."""
@@ -41,33 +37,23 @@ class Heard(NamedTuple):
 class Vocoder:
     """Of the package's ``HiFTGenerator``, on the device where its weights are."""
 
-    def __init__(
-        self,
-        vocoder: Any,
-        *,
-        dtype: Any,
-        layout: Layout = "channels",
-        compile: Compile = "off",  # noqa: A002 (torch's word)
-        kernels: Kernels = "torch",
-    ) -> None:
+    def __init__(self, vocoder: Any, *, dtype: Any, kernels: Kernels = "torch") -> None:
         self._dtype = dtype
-        self._across = torch.channels_last if layout == "channels" else torch.contiguous_format
         self._slope, self._limit = vocoder.lrelu_slope, vocoder.audio_limit
-        snake = compiled(_snake, compile)
-        self._clear, self._mean = compiled(_leaky, compile), compiled(_mean, compile)
+        self._mean = _tiled_mean if kernels == "triton" else _mean
         self.pitch = _Pitch(vocoder.f0_predictor)
         self.source = _Source(vocoder.m_source, vocoder.f0_upsamp.scale_factor)
-        self._before = self._convolution(vocoder.conv_pre)
-        self._ups = [self._convolution(up) for up in vocoder.ups]
-        self._downs = [self._convolution(down) for down in vocoder.source_downs]
+        self._before = _Convolution(vocoder.conv_pre, dtype)
+        self._ups = [_Convolution(up, dtype) for up in vocoder.ups]
+        self._downs = [_Convolution(down, dtype) for down in vocoder.source_downs]
 
         def block(block: Any) -> "_Resblock | _Tiled":
-            return _Tiled(block, dtype) if kernels == "triton" else _Resblock(block, self._convolution, snake, dtype)
+            return _Tiled(block, dtype) if kernels == "triton" else _Resblock(block, dtype)
 
         self._source_blocks = [block(one) for one in vocoder.source_resblocks]
         blocks, each = [block(one) for one in vocoder.resblocks], vocoder.num_kernels
         self._blocks = [blocks[at : at + each] for at in range(0, len(blocks), each)]
-        self._after = self._convolution(vocoder.conv_post)
+        self._after = _Convolution(vocoder.conv_post, dtype)
         self._rates = [up.stride[0] for up in vocoder.ups]
         points, hop = vocoder.istft_params["n_fft"], vocoder.istft_params["hop_len"]
         self._spectra = _Spectra(points, hop, vocoder.stft_window.to(self._before.weight.device))
@@ -82,9 +68,9 @@ class Vocoder:
 
     def _sound(self, mel: Any, source: Any, frames: Any) -> Any:
         spectrum = self._spectra.of(source, frames * self.samples_per_frame)
-        spectrum = self._across_time(spectrum.to(self._dtype))
-        x = self._before(self._across_time(mel.to(self._dtype)))
-        x = self._clear(x, _inside(x, frames), self._slope)
+        spectrum = _across_time(spectrum.to(self._dtype))
+        x = self._before(_across_time(mel.to(self._dtype)))
+        x = _mean(x, frames, _inside(x, frames), 1.0, self._slope)
         length, last = 1, len(self._ups) - 1
         for level, rate in enumerate(self._rates):
             length *= rate
@@ -99,16 +85,14 @@ class Vocoder:
             for block in self._blocks[level]:
                 sums = block(x, ends, inside, sums)
             # The package's last one has torch's own slope.
-            x = self._mean(sums, inside, len(self._blocks[level]), 0.01 if level == last else self._slope)
+            x = self._mean(sums, ends, inside, 1 / len(self._blocks[level]), 0.01 if level == last else self._slope)
         x = self._after(x).squeeze(2).transpose(1, 2).float()
         return self._spectra.back(x, ends).clamp(-self._limit, self._limit)
 
-    def _across_time(self, x: Any) -> Any:
-        """(batch, time, channels) → (batch, channels, 1, time)."""
-        return x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=self._across)
 
-    def _convolution(self, module: Any) -> "_Convolution":
-        return _Convolution(module, self._dtype, self._across)
+def _across_time(x: Any) -> Any:
+    """(batch, time, channels) → (batch, channels, 1, time)."""
+    return x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
 def _inside(x: Any, ends: Any) -> Any:
@@ -116,12 +100,12 @@ def _inside(x: Any, ends: Any) -> Any:
 
 
 class _Convolution:
-    """Along time, as torch's of two dimensions, whose memory may have the channels innermost."""
+    """Along time, as torch's of two dimensions, whose memory has the channels innermost, as tensor cores read them."""
 
-    def __init__(self, module: Any, dtype: Any, across: Any) -> None:
+    def __init__(self, module: Any, dtype: Any) -> None:
         # ``weight`` is a product where the package keeps norm and direction apart.
         weight = module.weight.detach().clone().to(dtype).unsqueeze(2)
-        self.weight = weight.contiguous(memory_format=across)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
         self._bias = module.bias.detach().to(dtype)
         self._stride, self._padding = (1, module.stride[0]), (0, module.padding[0])
         self._dilation = (1, module.dilation[0])
@@ -134,10 +118,9 @@ class _Convolution:
 
 
 class _Resblock:
-    def __init__(self, block: Any, convolution: Callable[[Any], _Convolution], snake: Any, dtype: Any) -> None:
-        self._snake = snake
+    def __init__(self, block: Any, dtype: Any) -> None:
         self._steps = [
-            (_bend(bend_1, dtype), convolution(first), _bend(bend_2, dtype), convolution(second))
+            (_bend(bend_1, dtype), _Convolution(first, dtype), _bend(bend_2, dtype), _Convolution(second, dtype))
             for bend_1, first, bend_2, second in zip(
                 block.activations1, block.convs1, block.activations2, block.convs2, strict=True
             )
@@ -147,7 +130,7 @@ class _Resblock:
         """``x`` is let grow beyond its end, for nothing reads it there but what clears it first."""
         del ends
         for bend_1, first, bend_2, second in self._steps:
-            x = x + second(self._snake(first(self._snake(x, *bend_1, inside)), *bend_2, inside))
+            x = x + second(_snake(first(_snake(x, *bend_1, inside)), *bend_2, inside))
         return x if summed is None else x + summed
 
 
@@ -172,8 +155,8 @@ class _Tiled:
 
     def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
         del inside
-        x, last = x.squeeze(2).transpose(1, 2).contiguous(), len(self._convolutions) - 1
-        summed = None if summed is None else summed.squeeze(2).transpose(1, 2).contiguous()
+        x, last = _to_time(x), len(self._convolutions) - 1
+        summed = None if summed is None else _to_time(summed)
         bent = self._tiles.bent(x, ends, bend=self._bends[0])
         for place, weights in enumerate(self._convolutions):
             second, ended = bool(place % 2), place == last
@@ -187,7 +170,7 @@ class _Tiled:
                 keep=second,
             )
             x = made if second else x
-        return x.transpose(1, 2).unsqueeze(2)
+        return _to_channels(x)
 
 
 def _bend(snake: Any, dtype: Any) -> tuple[Any, Any]:
@@ -199,12 +182,23 @@ def _snake(x: Any, alpha: Any, inverse: Any, inside: Any) -> Any:
     return torch.addcmul(x, inverse, torch.sin(x * alpha).square()) * inside
 
 
-def _leaky(x: Any, inside: Any, slope: float) -> Any:
-    return functional.leaky_relu(x, slope) * inside
+def _mean(sums: Any, _ends: Any, inside: Any, share: float, slope: float) -> Any:
+    return functional.leaky_relu(sums * share, slope) * inside
 
 
-def _mean(sums: Any, inside: Any, count: int, slope: float) -> Any:
-    return functional.leaky_relu(sums / count, slope) * inside
+def _tiled_mean(sums: Any, ends: Any, _inside: Any, share: float, slope: float) -> Any:
+    from chatterbox_server.engines.fast import tiles
+
+    return _to_channels(tiles.bent(_to_time(sums), ends, scale=share, slope=slope))
+
+
+def _to_time(x: Any) -> Any:
+    """(batch, channels, 1, time) → (batch, time, channels), which it already is in memory."""
+    return x.squeeze(2).transpose(1, 2).contiguous()
+
+
+def _to_channels(x: Any) -> Any:
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 class _Pitch:
