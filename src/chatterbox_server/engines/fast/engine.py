@@ -39,6 +39,9 @@ FIRST_CHUNK: Final = 15
 GROWTH: Final = 2.0
 """Each chunk is longer than the one before: whoever listens has more in hand, and less is computed anew."""
 
+WARM: Final = (FIRST_CHUNK, 60, 120, 240, 360, 500)
+"""Tokens of what is spoken before anybody asks, at every size of batch: chunks as they grow, and up to 20 s at once."""
+
 LOOK_UP_S: Final = 0.1
 """How often one who waits asks whether anybody still wants it."""
 
@@ -80,7 +83,7 @@ class FastEngine:
 
         from chatterbox_server.engines.fast.batch import Batch
         from chatterbox_server.engines.fast.slots import Slots
-        from chatterbox_server.engines.fast.sound import How, Sound
+        from chatterbox_server.engines.fast.sound import Sound, how_for
         from chatterbox_server.engines.fast.sounding import Sounding
         from chatterbox_server.engines.fast.t3 import T3
         from chatterbox_server.engines.stock.voices import Voices
@@ -113,9 +116,7 @@ class FastEngine:
             model.s3gen,
             device=device,
             flow_steps=self._kind.flow_steps,
-            how=None
-            if self._exact
-            else How(encoder=torch.bfloat16, estimator=torch.bfloat16, vocoder=torch.float16, attention="lse-flash"),
+            how=None if self._exact else how_for(device),
             watermarker=model.watermarker,
         )
         self._warm_up()
@@ -251,6 +252,8 @@ class FastEngine:
     def _warm_up(self) -> None:
         import torch
 
+        from chatterbox_server.engines.fast.sound import BATCHES
+
         if self._exact:
             return
         with self._stream(first=True), torch.inference_mode():
@@ -258,9 +261,7 @@ class FastEngine:
             torch.cuda.synchronize(self._device)
         voice = self._model.conds.gen["prompt_token"].shape[-1]
         with self._stream(first=False), torch.inference_mode():
-            self._sound.warm_up(
-                [(1, voice, FIRST_CHUNK), (1, voice, 4 * FIRST_CHUNK), (1, voice, 250), (16, voice, 250)]
-            )
+            self._sound.warm_up([(batch, voice, tokens) for batch in BATCHES for tokens in WARM])
             torch.cuda.synchronize(self._device)
 
     def _fitting(self, t3: Any, dtype: Any) -> int:

@@ -31,7 +31,8 @@ WIDTHS: Final = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280
 BATCHES: Final = (1, 2, 4, 8, 16)
 UNEVEN: Final = 1.5
 """Times that one utterance may be longer than another of its batch."""
-RECORDINGS_KEPT: Final = 64
+RECORDINGS_KEPT: Final = 3 * len(WIDTHS) * len(BATCHES)
+"""All there can be, of flow, vocoder and watermark: to record one again takes far longer than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
