@@ -37,6 +37,8 @@ class Card:
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
     """By all processes, and by the driver."""
+    memory_free_bytes: int | None = None
+    """Less than the rest: the driver keeps some for itself."""
     utilisation_percent: float | None = None
     """Share of the last sample in which any kernel ran: a GPU of tiny kernels reads 100 and is nearly idle."""
     memory_busy_percent: float | None = None

@@ -103,6 +103,7 @@ def _card(driver: _Driver, index: int, device: Any, sm_active: float | None, ver
         bus_id=None if bus is None else str(bus.busId).upper(),
         memory_total_bytes=None if memory is None else memory.total,
         memory_used_bytes=None if memory is None else memory.used,
+        memory_free_bytes=None if memory is None else memory.free,
         utilisation_percent=None if busy is None else busy.gpu,
         memory_busy_percent=None if busy is None else busy.memory,
         sm_active_percent=sm_active,

@@ -88,16 +88,15 @@ def _card(index: str, gpu: Element, driver: str | None) -> Card:
     # Since driver 535 the GPU's own power stands apart from that of its memory and its module.
     power = "power_readings" if gpu.find("gpu_power_readings") is None else "gpu_power_readings"
     p_state = _said(gpu, "performance_state") or ""
-    used = _number(gpu, "fb_memory_usage/used", "MiB")
-    total = _number(gpu, "fb_memory_usage/total", "MiB")
     mig = _said(gpu, "mig_mode/current_mig")
     return Card(
         index=index,
         uuid=_said(gpu, "uuid") or "",
         name=_said(gpu, "product_name") or "a GPU without a name",
         bus_id=(gpu.get("id") or "").upper() or None,
-        memory_total_bytes=None if total is None else round(total * _MEBIBYTE),
-        memory_used_bytes=None if used is None else round(used * _MEBIBYTE),
+        memory_total_bytes=_bytes(gpu, "fb_memory_usage/total"),
+        memory_used_bytes=_bytes(gpu, "fb_memory_usage/used"),
+        memory_free_bytes=_bytes(gpu, "fb_memory_usage/free"),
         utilisation_percent=_number(gpu, "utilization/gpu_util", "%"),
         memory_busy_percent=_number(gpu, "utilization/memory_util", "%"),
         temperature_c=_number(gpu, "temperature/gpu_temp", "C"),
@@ -131,6 +130,11 @@ def _whole(element: Element, path: str, unit: str) -> int | None:
     return None if number is None else round(number)
 
 
+def _bytes(element: Element, path: str) -> int | None:
+    mebibytes = _number(element, path, "MiB")
+    return None if mebibytes is None else round(mebibytes * _MEBIBYTE)
+
+
 def _first(gpu: Element, section: str, names: tuple[str, ...], unit: str) -> float | None:
     """Of several names for the same thing, of several drivers, the first that says something."""
     numbers = (_number(gpu, f"{section}/{name}", unit) for name in names)
@@ -160,10 +164,9 @@ def _process(told: Element) -> Process | None:
     pid = _said(told, "pid") or ""
     if not pid.isdecimal():
         return None
-    memory = _number(told, "used_memory", "MiB")
     return Process(
         pid=int(pid),
         name=_said(told, "process_name"),
         kind=_said(told, "type"),
-        memory_bytes=None if memory is None else round(memory * _MEBIBYTE),
+        memory_bytes=_bytes(told, "used_memory"),
     )

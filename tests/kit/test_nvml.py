@@ -66,6 +66,7 @@ def test_a_driver_that_tells_everything_is_heard() -> None:
             bus_id="00000000:3B:00.0",
             memory_total_bytes=150_000,
             memory_used_bytes=4_000,
+            memory_free_bytes=145_100,
             utilisation_percent=97,
             memory_busy_percent=12,
             sm_active_percent=8.5,
@@ -145,7 +146,7 @@ def test_a_gpu_that_is_lost_is_said_to_be_and_the_others_are_read() -> None:
         # Before driver 510 and 535.
         (
             {"nvmlDeviceGetMemoryInfo(gpu0, 33554472)": [NOT_SUPPORTED],
-             "nvmlDeviceGetMemoryInfo(gpu0)": [{"total": 8_000, "used": 70}]},
+             "nvmlDeviceGetMemoryInfo(gpu0)": [{"total": 8_000, "used": 70, "free": 7_930}]},
             "memory_used_bytes", 70,
         ),
         (

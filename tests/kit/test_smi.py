@@ -40,6 +40,7 @@ def test_two_cards_of_which_one_does_all_the_work_are_read() -> None:
         bus_id="00000000:01:00.0",
         memory_total_bytes=24_576 * MIB,
         memory_used_bytes=9_126 * MIB,
+        memory_free_bytes=15_134 * MIB,
         utilisation_percent=71,
         memory_busy_percent=22,
         temperature_c=62,
