@@ -24,10 +24,10 @@ CPU_BOUND_CORES = 0.8
 """CPU seconds per second from which on a server computes, and does not merely wait."""
 
 ENOUGH_REQUESTS = 100
-"""Fewer say little about shares."""
+"""For each instance. Fewer say little about shares: of so many, chance takes or gives a tenth."""
 
 UNEVEN = 1.5
-"""A share over the even one that chance and texts of different lengths do not explain (of ``ENOUGH_REQUESTS``)."""
+"""A share over the even one, or the even one over a share, that chance does not explain."""
 
 _THERMAL = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
 
@@ -166,7 +166,7 @@ def _unbalanced(situation: Situation) -> Iterator[Finding]:
     # Who left the fleet meanwhile is not among those who could have shared.
     answered = {name: traffic.answered.get(name, 0) for name in situation.in_service}
     total = sum(answered.values())
-    if total < ENOUGH_REQUESTS:
+    if total < ENOUGH_REQUESTS * len(answered):
         return
     even = total / len(answered)
     if max(answered.values()) < UNEVEN * even and min(answered.values()) * UNEVEN > even:
@@ -289,7 +289,8 @@ def _tf32_off(situation: Situation) -> Iterator[Finding]:
             severity="low",
             what=f"{' and '.join(off)} {'multiplies' if len(off) == 1 else 'multiply'} matrices without TF32",
             evidence=tuple(f"{name}: /readyz says tf32.matmul false" for name in off),
-            remedy="server.tf32 = true; of the stock engine at one request a time it was measured to change little",
+            remedy="server.tf32 = true; of the stock engine at one request a time it was measured to change little "
+            "(scripts/gpu/stock_server_sweep.txt)",
         )
 
 

@@ -113,7 +113,7 @@ def _unseen(
     closed = [each for each in known if each.kind in ("instance", "speech") and not each.environment_read]
     if closed:
         who = ", ".join(each.unit or f"process {each.pid}" for each in closed)
-        yield f"the environment of {who}: only root may read it (sudo)"
+        yield f"the environment of {who}, and where its code lies: only root may read that (sudo)"
     if unread:
         yield f"the code in {', '.join(unread)}: not there, not ours to read, or too long"
     if not nginx_read:

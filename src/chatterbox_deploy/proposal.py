@@ -134,7 +134,7 @@ def _changed(by: Reckoning, found: Collection[str], file: FleetFile) -> Proposal
                 what="matrix products in TF32",
                 resolves=("tf32-off",),
                 gain=None,
-                reckoned="for the stock engine at one request a time, TF32 was measured to change little",
+                reckoned="at one request a time it was measured to change little: scripts/gpu/stock_server_sweep.txt",
             )
         )
     text = amend.amend(file.text, edits) if edits else None

@@ -92,11 +92,11 @@ class Report:
 
     def verdict(self) -> str:
         """All of it in a sentence or two."""
-        if not self.gpus:
-            return f"No GPU is known here. Asked: {self.situation.told_by}."
         idle = sum(gpu.idle for gpu in self.gpus)
         capacity = "" if self.used_percent is None else f", {self.used_percent:.1f} % of all GPU memory in use"
         gpus = f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}, {idle or 'none'} of them idle{capacity}."
+        if not self.gpus:
+            gpus = f"No GPU is known here (asked: {self.situation.told_by})."
         if not self.findings:
             return f"{gpus} Nothing is wrong that was looked at."
         high = sum(finding.severity == "high" for finding in self.findings)

@@ -21,17 +21,16 @@ UNKNOWN = "-"
 def markdown(report: Report) -> str:
     """The whole report."""
     situation = report.situation
-    if not report.gpus:
-        return f"# GPU report\n\n{report.verdict()}\n"
     told = f"Told by {situation.told_by}" + (f", {situation.taken}" if situation.taken else "")
-    sections = [
-        f"# GPU report\n\n{report.verdict()}\n\n{told}.",
-        f"## GPUs\n\n{_table(_names(report.gpus), right_from=9)}\n\n{_table(_facts(report.gpus), right_from=1)}",
-        f"## Memory\n\n{memory_sentence(report)}\n\n{_table(_holders(report.gpus), right_from=5)}",
-        f"## Findings\n\n{''.join(map(_finding, report.findings)) or 'None.'}",
-    ]
-    if report.situation.traffic is not None:
-        sections.insert(3, f"## Requests\n\n{_table(_requests(report), right_from=1)}")
+    sections = [f"# GPU report\n\n{report.verdict()}"]
+    if report.gpus:
+        sections.append(f"{told}.")
+        tables = _table(_names(report.gpus), right_from=9), _table(_facts(report.gpus), right_from=1)
+        sections.append("\n\n".join(["## GPUs", *tables]))
+        sections.append(f"## Memory\n\n{memory_sentence(report)}\n\n{_table(_holders(report.gpus), right_from=5)}")
+    if situation.traffic is not None:
+        sections.append(f"## Requests\n\n{_table(_requests(report), right_from=1)}")
+    sections.append(f"## Findings\n\n{''.join(map(_finding, report.findings)) or 'None, of what was looked at.'}")
     if report.proposal is not None:
         sections.append(f"## Proposal\n\n{_proposal(report.proposal)}")
     if situation.unseen:

@@ -202,7 +202,7 @@ def test_what_could_not_be_looked_at_is_said_with_the_reason(host: TreeHost) -> 
     assert seen.unseen == (
         "the processes on GPU 1: the driver does not tell",
         "what process 77 is: not to be seen from here (another container, or already gone)",
-        "the environment of tts.service: only root may read it (sudo)",
+        "the environment of tts.service, and where its code lies: only root may read that (sudo)",
         "the code in /srv/tts.py: not there, not ours to read, or too long",
         "nginx's configuration: there is none in /etc/nginx that could be read",
         "who listens on which port: ss(8) does not answer",

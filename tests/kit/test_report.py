@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from chatterbox_deploy import report, report_text
 from chatterbox_deploy.cli import main
-from support.situations import MIB, SEED, card, everything, machine, seed
+from chatterbox_deploy.nginx import Block
+from support.situations import MIB, SEED, card, everything, fleet_file, machine, seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,10 +78,23 @@ def test_markdown_tells_everything_and_lets_nobody_write_into_it() -> None:
 
 
 def test_no_gpu_is_said_to_be_none() -> None:
-    text = report_text.markdown(report.make(machine(told_by="NVML and `nvidia-smi -q -x`, and neither answers")))
+    text = report_text.markdown(report.make(machine(told_by="NVML", unseen=("the moon: too far away",))))
 
-    assert text == "# GPU report\n\nNo GPU is known here. Asked: NVML and `nvidia-smi -q -x`, and neither answers.\n"
+    assert text == (
+        "# GPU report\n\nNo GPU is known here (asked: NVML). Nothing is wrong that was looked at.\n\n"
+        "## Findings\n\nNone, of what was looked at.\n\n## Not looked at\n\n- the moon: too far away\n"
+    )
     assert report.make(machine()).as_json()["gpus"] == []
+
+
+def test_without_a_gpu_the_front_is_looked_at_all_the_same() -> None:
+    espeak = fleet_file("[gpus]\n0 = 6093\n1 = 6094\n[server]\nengine = 'espeak'\n")
+    bad = Block("/etc/nginx/nginx.conf", "tts", (6093, 6094), least_conn=True, zone=False)
+
+    text = report_text.markdown(report.make(machine(fleet_file=espeak, upstreams=(bad,))))
+
+    assert "`least-conn-without-zone`" in text
+    assert "## Proposal" not in text
 
 
 # JSON, by what the documentation says of it.

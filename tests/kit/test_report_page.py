@@ -144,6 +144,14 @@ def test_it_needs_nothing_but_itself() -> None:
     assert re.findall(r'(?:src|href)="(?!#|data:,)[^"]*"|url\((?!#)[^)]*\)|@import', page) == []
 
 
+def test_every_colour_is_one_of_the_readers_light_or_dark() -> None:
+    page = report_page.html(report.make(everything()))
+
+    assert not re.search("#0000[0-9a-f]{2}", page)
+    named = set(re.findall(r"var\((--[a-z]+)\)", page))
+    assert all(page.count(f"{name}: #") == 2 for name in named), named
+
+
 def test_the_same_report_is_the_same_page() -> None:
     assert report_page.html(report.make(seed())) == report_page.html(report.make(seed()))
 
