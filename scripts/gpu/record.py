@@ -60,9 +60,14 @@ class Recorder:
             except pynvml.NVMLError as error:
                 kept.append({"NVMLError": error.value})
                 raise
+            except (pynvml.NVMLLibraryMismatchError, AttributeError, UnicodeDecodeError):
+                kept.append({"NVMLError": pynvml.NVML_ERROR_FUNCTION_NOT_FOUND})
+                raise
             if function == "nvmlDeviceGetHandleByIndex":
                 self._names[self._address(answer)] = f"gpu{arguments[0]}"
-            kept.append(self._named(answer) or plain(answer))
+                kept.append(f"gpu{arguments[0]}")
+            else:
+                kept.append(plain(answer))
             return answer
 
         return call

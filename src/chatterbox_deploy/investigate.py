@@ -11,7 +11,7 @@ import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import gpu_words, nginx, nvml, observe, proc, render, smi, systemd
+from chatterbox_deploy import gpu_words, nginx, nvml, observe, proc, render, situation, smi, systemd
 from chatterbox_deploy.errors import CaptureError, CommandFailed
 from chatterbox_deploy.situation import Pin, Program, Situation, short_name
 
@@ -103,6 +103,7 @@ def _unseen(
     ports_read: bool,
 ) -> Iterable[str]:
     """What stays open, and why."""
+    yield from situation.unanswering(found)
     blind = [card.index for card in found if card.processes is None and card.uuid]
     if blind:
         yield f"the processes on GPU {' and '.join(blind)}: the driver does not tell"

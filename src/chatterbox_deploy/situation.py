@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy import proc
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from chatterbox_deploy.cards import Card
     from chatterbox_deploy.config import FleetConfig
@@ -121,6 +121,11 @@ class Situation:
         return self.programs.get(pid) or Program(pid=pid)
 
 
+def unanswering(cards: Iterable[Card]) -> tuple[str, ...]:
+    """GPUs that are there and tell nothing, in words."""
+    return tuple(f"GPU {card.index}: {card.name}; dmesg(1) may say why" for card in cards if not card.uuid)
+
+
 def of_capture(capture: Capture, *, source: str, file: FleetFile | None = None) -> Situation:
     """Of a machine that is known by a capture of ``nvidia-smi -q -x`` alone, and perhaps by its fleet file."""
     cards, attached = capture.cards, capture.attached
@@ -137,6 +142,7 @@ def of_capture(capture: Capture, *, source: str, file: FleetFile | None = None) 
             for process in card.processes or ()
         },
         unseen=(
+            *unanswering(cards),
             *((f"{attached} GPUs are in that machine, and the capture tells of {len(cards)} (-i)",) if partly else ()),
             "units, environments and code of the processes: a capture has their names only",
             "CPU use, nginx and its log, the servers' own answers: a capture has the GPUs only",

@@ -197,9 +197,11 @@ def test_what_could_not_be_looked_at_is_said_with_the_reason(host: TreeHost) -> 
     host.process(812, "/usr/bin/python3", "/srv/tts.py", unit="tts.service", environ="CUDA_VISIBLE_DEVICES=0")
     host.closed = {"/proc/812/environ", "/srv/tts.py"}
 
-    seen = look(host, card(0, process(812), process(77)), card(1, processes=None))
+    lost = card(2, uuid="", name="a GPU that does not answer (GPU is lost)")
+    seen = look(host, card(0, process(812), process(77)), card(1, processes=None), lost)
 
     assert seen.unseen == (
+        "GPU 2: a GPU that does not answer (GPU is lost); dmesg(1) may say why",
         "the processes on GPU 1: the driver does not tell",
         "what process 77 is: not to be seen from here (another container, or already gone)",
         "the environment of tts.service, and where its code lies: only root may read that (sudo)",
