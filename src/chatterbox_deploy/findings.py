@@ -72,10 +72,20 @@ def _gpu_idle(situation: Situation) -> Iterator[Finding]:
             what=f"GPU {card.index} ({card.name}) is idle" + (" while another computes" if others else ""),
             gpus=(card.index,),
             evidence=(usage.in_words(card),),
-            remedy="give it an instance of its own"
-            if usage.is_usable(card)
-            else "it cannot take an instance as it is set up",
+            remedy=_remedy_for_idle(situation, card),
         )
+
+
+def _remedy_for_idle(situation: Situation, card: Card) -> str:
+    file = situation.fleet_file
+    keys = () if file is None else (part for key in file.config.gpus for part in key.split(","))
+    if any(key in (card.index, card.uuid) for key in keys):
+        return (
+            f"the instance that {file.path if file else 'the file'} gives it does not run: `chatterbox-deploy status`"
+        )
+    if not usage.is_usable(card):
+        return "it cannot take an instance as it is set up: MIG (`nvidia-smi -mig 0`), or its compute mode"
+    return "give it an instance of its own"
 
 
 def _one_gpu_takes_all(situation: Situation) -> Iterator[Finding]:

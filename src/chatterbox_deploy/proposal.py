@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -222,12 +223,12 @@ def _made(  # noqa: PLR0917  all that a proposal is made of
         now_audio_s_per_s=by.audio_s_per_s(now) if absolute else None,
         then_audio_s_per_s=by.audio_s_per_s(then) if absolute else None,
         basis=f"{by.profile.model}, measured on {by.profile.machine}: {by.profile.source}",
-        caveats=tuple(_caveats(by, now)),
+        caveats=tuple(_caveats(by, now, then)),
         typed=_typed(path),
     )
 
 
-def _caveats(by: Reckoning, now: Layout) -> Iterator[str]:
+def _caveats(by: Reckoning, now: Layout, then: Layout) -> Iterator[str]:
     if not by.measured:
         return
     if not by.same_gpus:
@@ -239,7 +240,10 @@ def _caveats(by: Reckoning, now: Layout) -> Iterator[str]:
         )
     if by.situation.fleet_file is None and now:
         yield "what speaks now is reckoned as so many instances of this server"
-    if by.situation.cores is None:
+    cores, instances = by.situation.cores, sum(share.instances for share in then.values())
+    if cores is not None and cores <= instances:
+        yield f"CPU cores: {cores}, instances: {instances}, and each keeps a core busy; that is reckoned in"
+    if cores is None:
         yield "nothing is known of the machine's cores, so no GPU is given more than one instance"
 
 
@@ -282,8 +286,9 @@ def _diff(before: str, after: str, path: str) -> str:
 def _typed(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ("chatterbox-deploy plan fleet.toml", "sudo chatterbox-deploy apply fleet.toml")
+    quoted = shlex.quote(path)
     return (
-        f"chatterbox-deploy report {path} --format json | jq -r .proposal.diff | patch {path}",
-        f"chatterbox-deploy plan {path}",
-        f"sudo chatterbox-deploy apply {path}",
+        f"chatterbox-deploy report {quoted} --format json | jq -r .proposal.diff | patch {quoted}",
+        f"chatterbox-deploy plan {quoted}",
+        f"sudo chatterbox-deploy apply {quoted}",
     )

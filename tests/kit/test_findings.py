@@ -15,6 +15,7 @@ from chatterbox_deploy.situation import Pin, Situation
 from support.situations import MIB, card, fleet_file, machine, process, program, seed
 
 if TYPE_CHECKING:
+    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.findings import Finding
 
 DOCS = Path(__file__).parents[2] / "docs/report.md"
@@ -183,6 +184,20 @@ def test_two_servers_of_one_name_in_a_capture_are_taken_for_copies_of_one() -> N
 
     assert named(captured("python", "python"), "no-mps")
     assert not named(captured("python", "blender"), "no-mps")
+
+
+@pytest.mark.parametrize(
+    ("there", "says"),
+    [
+        (IDLE, "`chatterbox-deploy status`"),
+        (card(2), "an instance of its own"),
+        (card(2, mig=True), "MIG"),
+    ],
+)
+def test_what_to_do_about_an_idle_gpu_depends_on_why_it_is(there: Card, says: str) -> None:
+    (finding,) = named(machine(AT_WORK, there, fleet_file=TWO), "gpu-idle")
+
+    assert says in finding.remedy
 
 
 def test_the_gravest_come_first() -> None:

@@ -87,6 +87,14 @@ def test_cores_and_memory_that_are_not_there_limit_what_is_proposed() -> None:
     assert propose(machine(held, fleet_file=ONE, programs=(program(5, "other"),))) is None
 
 
+def test_few_cores_are_reckoned_in_and_said() -> None:
+    made = propose(machine(BUSY, card(1), fleet_file=ONE, programs=(program(812, "instance"),), cores=1))
+
+    assert made is not None
+    assert made.gain == pytest.approx(1)
+    assert made.caveats == ("CPU cores: 1, instances: 2, and each keeps a core busy; that is reckoned in",)
+
+
 def test_a_gpu_that_cannot_take_an_instance_gets_none() -> None:
     for unfit in ({"mig": True}, {"compute_mode": "Prohibited"}, {"uuid": ""}, {"memory_total_bytes": 3_000 * MIB}):
         assert propose(machine(BUSY, card(1, **unfit), fleet_file=ONE, cores=2)) is None
