@@ -62,8 +62,9 @@ def investigate(
     programs = _programs(host, on_gpus, listeners or {})
     scripts = _scripts(programs.values(), file)
     texts = {path: text for path in scripts if (text := _text(host, path)) is not None}
-    log = ACCESS_LOG if file is None else file.fleet.front.access_log
     configuration = _nginx_texts(host)
+    log = ACCESS_LOG if file is None else file.fleet.front.access_log
+    said = _end_of(host, log)
     return Situation(
         cards=found,
         told_by=told_by,
@@ -72,7 +73,7 @@ def investigate(
         code=tuple(line for path, text in texts.items() for line in gpu_words.find(text, str(path))),
         pins=tuple(_pins(host, programs.values())),
         upstreams=tuple(block for path, text in configuration.items() for block in nginx.find_blocks(text, path)),
-        traffic=nginx.read_log(_end_of(host, log)),
+        traffic=None if said is None else nginx.read_log(said),
         in_service=tuple(
             upstream.name
             for upstream in nginx.find_upstreams(configuration.get(str(render.FRONT_PATH), ""))
@@ -88,6 +89,7 @@ def investigate(
                 programs.values(),
                 unread=[str(path) for path in scripts if path not in texts],
                 nginx_read=bool(configuration),
+                unread_log=log if said is None and str(render.FRONT_PATH) in configuration else None,
                 ports_read=listeners is not None,
             )
         ),
@@ -100,6 +102,7 @@ def _unseen(
     *,
     unread: Sequence[str],
     nginx_read: bool,
+    unread_log: str | None,
     ports_read: bool,
 ) -> Iterable[str]:
     """What stays open, and why."""
@@ -119,6 +122,8 @@ def _unseen(
         yield f"the code in {', '.join(unread)}: not there, not ours to read, or too long"
     if not nginx_read:
         yield "nginx's configuration: there is none in /etc/nginx that could be read"
+    if unread_log is not None:
+        yield f"who answered how many requests: {unread_log} is not there, or not ours to read"
     if not ports_read:
         yield "who listens on which port: ss(8) does not answer"
 
@@ -260,11 +265,11 @@ def _nginx_texts(host: Host) -> dict[str, str]:
     return {str(path): content.decode(errors="replace") for path in paths if (content := _bytes(host, str(path)))}
 
 
-def _end_of(host: Host, path: str) -> str:
+def _end_of(host: Host, path: str) -> str | None:
     try:
-        return host.run(("tail", f"--bytes={LOG_BYTES}", path), timeout_s=TIMEOUT_S, check=False).stdout
+        return host.run(("tail", f"--bytes={LOG_BYTES}", path), timeout_s=TIMEOUT_S).stdout
     except CommandFailed:
-        return ""
+        return None
 
 
 def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:

@@ -195,7 +195,8 @@ def test_the_code_of_server_command_is_read_though_it_does_not_run(host: TreeHos
 
 def test_what_could_not_be_looked_at_is_said_with_the_reason(host: TreeHost) -> None:
     host.process(812, "/usr/bin/python3", "/srv/tts.py", unit="tts.service", environ="CUDA_VISIBLE_DEVICES=0")
-    host.closed = {"/proc/812/environ", "/srv/tts.py"}
+    host.closed = {"/proc/812/environ", "/srv/tts.py", "/etc/nginx/nginx.conf"}
+    host.place("/etc/nginx/nginx.conf", "http {}")
 
     lost = card(2, uuid="", name="a GPU that does not answer (GPU is lost)")
     seen = look(host, card(0, process(812), process(77)), card(1, processes=None), lost)
@@ -211,6 +212,15 @@ def test_what_could_not_be_looked_at_is_said_with_the_reason(host: TreeHost) -> 
     )
     assert seen.pins == ()
     assert seen.programs[77].kind is None
+
+
+def test_a_log_that_is_not_ours_to_read_is_named_where_a_front_of_ours_is(host: TreeHost) -> None:
+    host.place("/etc/nginx/conf.d/chatterbox-tts.conf", FRONT)
+
+    assert look(host, card(0)).unseen == (
+        "who answered how many requests: /var/log/nginx/chatterbox-tts.access.log is not there, or not ours to read",
+        "who listens on which port: ss(8) does not answer",
+    )
 
 
 @pytest.mark.skipif(nvml.read(watch_s=0) is not None, reason="NVML answers here")
