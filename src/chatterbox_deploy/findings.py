@@ -277,7 +277,9 @@ def _no_mps(situation: Situation) -> Iterator[Finding]:
                 f"{_who(situation.program(each.pid))}: type {each.kind or '-'}, which is no client of MPS (M+C)"
                 for each in sharing
             ),
-            remedy="unit.mps = true, which is the default",
+            remedy="unit.mps is on, yet they have no daemon: `chatterbox-deploy status`"
+            if situation.fleet_file is not None and situation.fleet_file.config.unit.mps
+            else "unit.mps = true, which is the default of a fleet file",
         )
 
 

@@ -71,9 +71,7 @@ def script_paths(argv: Sequence[str], directory: PurePosixPath | None) -> list[P
 
 def is_server(argv: Sequence[str]) -> bool:
     """Whether a command line is that of a speech server, by its words: Python, and not this tool."""
-    line = " ".join(argv)
-    if not argv or re.search(r"chatterbox[-_]deploy", line):
-        return False
+    line = re.sub("chatterbox[-_]deploy", "", " ".join(argv))
     return any(_INTERPRETER.fullmatch(PurePosixPath(word).name) for word in argv[:2]) and bool(_SPEECH.search(line))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from itertools import chain
@@ -253,13 +254,28 @@ def _own_command(situation: Situation) -> list[str]:
     if kept is None:
         return []
     who = kept.unit or f"process {kept.pid}"
-    command = json.dumps([_with_port(word, kept) for word in kept.command], ensure_ascii=False)
+    command = json.dumps([_with_port(word, kept) for word in _without_secrets(kept.command)], ensure_ascii=False)
     return [
         f"# Or, without model, the server that runs now ({who}), unchanged, once per GPU;",
         "# {port} stands for its port: a server that takes none cannot run twice.",
         f"# command = {command}",
         *([f"# directory = {json.dumps(kept.directory, ensure_ascii=False)}"] if kept.directory else []),
     ]
+
+
+_SECRET = re.compile(r"(-[\w-]*(?:key|token|secret|passw)[\w-]*)(=?)(.*)", re.IGNORECASE | re.DOTALL)
+
+
+def _without_secrets(command: Sequence[str]) -> Iterator[str]:
+    """A report is shown to others: what follows ``--api-key`` and the like is left out."""
+    hidden = False
+    for word in command:
+        found = _SECRET.fullmatch(word)
+        if hidden and not word.startswith("-"):
+            yield "…"
+        else:
+            yield f"{found[1]}=…" if found and found[2] else word
+        hidden = found is not None and not found[2]
 
 
 def _with_port(word: str, program: Program) -> str:

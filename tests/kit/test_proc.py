@@ -56,6 +56,8 @@ def test_cpu_time_is_read_whatever_the_process_is_called() -> None:
         (("python3", "serve.py"), None, "C", "from chatterbox.tts import ChatterboxTTS\n", "speech"),
         (("python3", "serve.py"), "my-tts.service", "C", "", "speech"),
         (("uvicorn", "kokoro_api:app"), None, "C", "", "speech"),
+        (("/opt/chatterbox-deploy/venv/bin/python", "my_tts.py"), None, "C", "", "speech"),
+        (("/opt/chatterbox-deploy/venv/bin/python", "train.py"), None, "C", "", "other"),
         (("python3", "train.py"), None, "C", "import torch\n", "other"),
         (("/usr/lib/xorg/Xorg", ":0"), "display-manager.service", "G", "", "display"),
         (("/usr/bin/gnome-shell",), None, "C+G", "", "display"),

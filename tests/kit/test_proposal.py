@@ -158,6 +158,18 @@ def test_a_home_made_server_can_be_kept_as_it_is() -> None:
     assert "what speaks now is reckoned as so many instances of this server" in made.caveats
 
 
+def test_secrets_on_a_command_line_stay_there() -> None:
+    words = ("python", "tts.py", "--api-key", "s3cret", "--hf-token=hf_abc", "--no-key", "--port", "8000", "-v")
+
+    made = propose(machine(BUSY, card(1), programs=(program(812, command=words, ports=(8000,)),), cores=4))
+
+    assert made is not None
+    assert (
+        '# command = ["python", "tts.py", "--api-key", "…", "--hf-token=…", "--no-key", "--port", "{port}", "-v"]'
+        in made.text.splitlines()
+    )
+
+
 def test_a_fleet_that_uses_all_it_has_is_left_alone() -> None:
     full = fleet_file("[gpus]\n0 = [6093, 6094, 6096, 6097, 6098, 6099, 6100, 6101]\n")
 
