@@ -46,6 +46,15 @@ class ProfileError(DeployError):
     exit_code = 2
 
 
+class CaptureError(DeployError):
+    """A file that ought to be what ``nvidia-smi -q -x`` printed is not."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, how: str) -> None:
+        super().__init__(f"cannot read {source}: {how}; it has to be what `nvidia-smi -q -x` printed, whole")
+
+
 class ForeignFile(DeployError):
     """A file that we did not write stands where we would write."""
 

@@ -15,6 +15,7 @@ from chatterbox_deploy.cli.logs import logs_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
 from chatterbox_deploy.cli.recycle import recycle_command
 from chatterbox_deploy.cli.render import render_command
+from chatterbox_deploy.cli.report import report_command
 from chatterbox_deploy.cli.rollback import history_command, rollback_command
 from chatterbox_deploy.cli.rollout import rollout_command
 from chatterbox_deploy.cli.schema import schema_command
@@ -83,5 +84,6 @@ main.add_command(logs_command)
 main.add_command(start_command)
 main.add_command(stop_command)
 main.add_command(restart_command)
+main.add_command(report_command)
 main.add_command(advise_command)
 main.add_command(schema_command)
