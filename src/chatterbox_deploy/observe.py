@@ -197,6 +197,17 @@ def _key_digest(host: Host, path: str) -> str | None:
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
+def first_key(host: Host, path: str) -> str:
+    """The first API key in a file of lines ``NAME KEY``; empty if there is none.
+
+    Raises:
+        CommandFailed: it cannot be read.
+    """
+    content = (host.read_bytes(PurePosixPath(path)) or b"").decode(errors="replace")
+    words = (line.split() for line in content.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    return next((named[1] for named in words if len(named) == 2), "")
+
+
 def listening(host: Host) -> frozenset[int]:
     """TCP ports on which something listens (proc_net_tcp: state 0A)."""
     return frozenset(port for port, state in _sockets(host) if state == "0A")

@@ -130,6 +130,9 @@ class Found:
     running: Mapping[str, Mark | None] = field(default_factory=dict)
     """By unit: the mark in its process's environment, where that could be read; ``None`` where it has none."""
 
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Address and port by instance that tells how it is."""
+
     readiness: Mapping[str, Readiness | None] = field(default_factory=dict)
     """By instance that was asked; ``None`` where nobody of ours answered."""
 
