@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from chatterbox_deploy.render import RenderedFile
 
 
-def files(host: Host, wanted: Iterable[RenderedFile]) -> dict[PurePosixPath, str]:
-    """Text of every file that is wanted, or that has a name we give to files; whoever wrote it."""
+def files(host: Host, wanted: Iterable[RenderedFile], remembered: Iterable[str] = ()) -> dict[PurePosixPath, str]:
+    """Text of every file that is wanted, that has a name we give to files, or that we remember; whoever wrote it."""
     paths = chain(
         (file.path for file in wanted),
+        map(PurePosixPath, remembered),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.service"),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.target"),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.timer"),
@@ -47,7 +48,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
     Raises:
         CommandFailed: systemd does not answer, or a file cannot be read.
     """
-    on_disk = files(host, wanted)
+    on_disk = files(host, wanted, ledger.paths)
     paths = {path.name for path in on_disk if path.parent == render.UNIT_DIR} | {systemd.TARGET, systemd.RECYCLE_TIMER}
     shown = {
         unit["Id"]: unit

@@ -136,7 +136,7 @@ def plan_removal(
     )
     if others:
         steps.append(StopUnits(others))
-    steps += [RemoveFile(path, ours[path]) for path in units]
+    steps += [RemoveFile(path, text) for path, text in sorted(ours.items()) if path != render.FRONT_PATH]
     if units or state.interrupted:
         steps.append(DAEMON_RELOAD)
     if failed:
@@ -347,6 +347,9 @@ class _Work:
         # Where nothing restarts for it, a changed comment, say, can be written at once.
         quiet = [file for path, file in self.units.items() if self._name(path) not in self.why]
         written = self._write([*common, *quiet])
+        others = [f for f in self.wanted.files if f.path.parent != render.UNIT_DIR and f.path != render.FRONT_PATH]
+        if self._write(others):
+            self.notes.append("a Prometheus reads its files again when it is told to: systemctl reload prometheus")
         if written or self.state.stale or self.state.interrupted:
             self.steps.append(DAEMON_RELOAD)
 
@@ -634,7 +637,7 @@ class _Work:
         if others := tuple(path.name for path in stale if path.parent == render.UNIT_DIR):
             self.steps.append(StopUnits(others))
         self.steps += [RemoveFile(path, self.disk[path]) for path in stale]
-        if stale:
+        if others:
             self.steps.append(DAEMON_RELOAD)
         self._show_front()
         if not self.state.enabled:

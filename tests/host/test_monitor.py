@@ -208,6 +208,53 @@ def test_however_it_ends_the_terminal_is_sane(how: str, serving: Serving, termin
     terminal.wait_for(r"^0\n.*done$")
 
 
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus (apt-get install prometheus)")
+def test_a_real_prometheus_finds_the_instances_and_reads_the_rules(serving: Serving, tmp_path: Path) -> None:
+    text = (
+        serving.fleet_file.read_text() + f"[monitoring]\nrules_file = '{tmp_path}/rules.yml'\nscrape_file = '/s.yml'\n"
+    )
+    (tmp_path / "fleet.toml").write_text(text)
+    asked = [sys.executable, "-m", "chatterbox_deploy", "render", str(tmp_path / "fleet.toml")]
+    subprocess.run([*asked, "--output", str(tmp_path / "out")], check=True, capture_output=True)
+    scrape = (tmp_path / "out/s.yml").read_text().replace("15s", "1s").replace("5s", "1s")
+    rules = tmp_path / "out" / str(tmp_path / "rules.yml").lstrip("/")
+    (tmp_path / "prometheus.yml").write_text(f"rule_files: ['{rules}']\n{scrape}")
+    (port,) = free_ports(1)
+    place = f"http://127.0.0.1:{port}/api/v1"
+    argv = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=warn"]
+    serving.speak(1)
+
+    with subprocess.Popen([*argv, f"--web.listen-address=127.0.0.1:{port}"], cwd=tmp_path) as prometheus:
+        try:
+            up = wait_for_two(f"{place}/query?query=up")
+            spoken = wait_for_two(f"{place}/query?query=sum(chatterbox_audio_seconds_total)by(instance,gpu)")
+            groups = json.loads(get(f"{place}/rules")[0])["data"]["groups"]
+        finally:
+            prometheus.send_signal(signal.SIGINT)
+            prometheus.wait(timeout=20)
+
+    assert [(series["metric"]["instance"], series["value"][1]) for series in up] == [("gpu0", "1"), ("gpu1", "1")]
+    assert [series["metric"] for series in spoken] == [{"instance": f"gpu{n}", "gpu": f"{n}"} for n in (0, 1)]
+    assert max(float(series["value"][1]) for series in spoken) > 0
+    health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+    assert len(health) > 10
+    assert "err" not in health.values()
+
+
+def wait_for_two(url: str, limit_s: float = 30) -> list[dict[str, Any]]:
+    """Both instances' series, by name."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            found: list[dict[str, Any]] = json.loads(get(url)[0])["data"]["result"]
+        except OSError:
+            found = []
+        if len(found) == 2 and all(series["value"][1] != "0" or "__name__" not in series["metric"] for series in found):
+            return sorted(found, key=lambda series: str(series["metric"]["instance"]))
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+
+
 def test_without_colour_where_none_is_wanted(serving: Serving) -> None:
     argv = serving.monitor("--once", "--interval", "0.2")
     piped = subprocess.run(argv, capture_output=True, check=True).stdout

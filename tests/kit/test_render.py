@@ -132,6 +132,7 @@ def test_any_valid_fleet_renders_the_same_twice_and_has_a_unit_per_instance(tabl
         *(systemd.unit_name(daemon.name) for daemon in resolved.mps_daemons),
         *([systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER] if resolved.service.recycles else []),
         render.FRONT_PATH.name,
+        *(Path(path).name for path in resolved.monitoring.files),
     }
     target = next(file.text for file in files if file.path.name == systemd.TARGET)
     assert all(f"Wants={systemd.unit_name(instance.name)}\n" in target for instance in resolved.instances)
