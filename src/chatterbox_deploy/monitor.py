@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -303,6 +303,18 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class GoingOn:
+    """What has begun and not ended."""
+
+    since_s: float
+    last_s: float
+    """When it was so last."""
+
+    lingers_s: float
+    begun: Event
+
+
+@dataclass(frozen=True, slots=True)
 class Story:
     """Everything that the next look is compared with."""
 
@@ -318,8 +330,8 @@ class Story:
     events: tuple[Event, ...] = ()
     """The latest, in order."""
 
-    going_on: Mapping[str, tuple[float, Event]] = field(default_factory=dict)
-    """By condition: since when, and how it began."""
+    going_on: Mapping[str, GoingOn] = field(default_factory=dict)
+    """By condition."""
 
     seen_gpus: tuple[str, ...] = ()
     curves: tuple[tuple[float, Mapping[str, float]], ...] = ()
@@ -340,8 +352,8 @@ def follow(story: Story, look: Look, fleet: Fleet, allowed: Limits) -> Story:
         **dict(_instance_conditions(fleet, instances, allowed)),
         **dict(_front_conditions(front, allowed)),
     }
-    new = (*_happened(story, look, steps, fleet), *_turns(story, look, conditions))
-    going_on = {key: story.going_on.get(key, (at_s, event)) for key, event in _begun(conditions, look).items()}
+    going_on = _going_on(story, look, conditions)
+    new = (*_happened(story, look, steps, fleet), *_turns(story, look, going_on))
     told = [row.audio_s_per_s for row in instances if row.audio_s_per_s is not None]
     picture = Picture(
         time=look.time,
@@ -351,7 +363,7 @@ def follow(story: Story, look: Look, fleet: Fleet, allowed: Limits) -> Story:
         instances=instances,
         front=front,
         audio_s_per_s=sum(told) if told else None,
-        now=tuple(sorted((event for _, event in going_on.values()), key=lambda event: _GRAVITY[event.severity])),
+        now=tuple(sorted((each.begun for each in going_on.values()), key=lambda event: _GRAVITY[event.severity])),
         new=new,
         notes=look.notes,
     )
@@ -540,6 +552,11 @@ class _Condition:
     about: str
     text: str
     do: str | None = None
+    lingers_s: float = 0.0
+    """For how long it may be absent and still goes on: what comes and goes with every look is one event."""
+
+
+LINGERS_S = 10.0
 
 
 # What is so now, by a key that stays the same while it lasts.
@@ -566,7 +583,7 @@ def _gpu_conditions(
             # At its power limit a busy card is where it should be: worth knowing, and no alarm.
             grave: Severity = "note" if reason == "sw_power_cap" else "warning"
             text = f"is slowed down: {reason}"
-            yield f"gpu {row.gpu} {reason}", _Condition(grave, about, text, "nvidia-smi -q -d PERFORMANCE")
+            yield f"gpu {row.gpu} {reason}", _Condition(grave, about, text, "nvidia-smi -q -d PERFORMANCE", LINGERS_S)
         if row.memory_percent is not None and row.memory_percent >= allowed.gpu_memory_percent:
             text = f"is full: {row.memory_percent:.0f} % of its memory is used"
             yield f"gpu {row.gpu} full", _Condition("warning", about, text, "nvidia-smi")
@@ -586,7 +603,7 @@ def _instance_conditions(fleet: Fleet, rows: Sequence[InstanceRow], allowed: Lim
         room = _queue_size(instance)
         if row.waiting is not None and room and row.waiting >= room:
             text = f"its queue is full: {row.waiting} wait"
-            yield f"{name} full", _Condition("warning", name, text, ADVISE)
+            yield f"{name} full", _Condition("warning", name, text, ADVISE, LINGERS_S)
         if row.wait_s is not None and row.wait_s > allowed.wait_s:
             yield f"{name} waits", _Condition("warning", name, f"requests wait {row.wait_s:.1f} s for it", ADVISE)
         if row.rtf is not None and row.rtf > allowed.rtf:
@@ -613,22 +630,28 @@ def _front_conditions(front: Front, allowed: Limits) -> _Conditions:
         yield "front refuses", _Condition("warning", FRONT, text, ADVISE)
 
 
-def _begun(conditions: Mapping[str, _Condition], look: Look) -> dict[str, Event]:
-    return {
-        key: Event(look.time, "begins", each.severity, each.about, each.text, each.do)
-        for key, each in conditions.items()
+def _going_on(story: Story, look: Look, conditions: Mapping[str, _Condition]) -> dict[str, GoingOn]:
+    at_s = look.found.monotonic_s
+    kept = {
+        key: each for key, each in story.going_on.items() if key in conditions or at_s - each.last_s < each.lingers_s
     }
+    for key, each in conditions.items():
+        event = Event(look.time, "begins", each.severity, each.about, each.text, each.do)
+        before = kept.get(key)
+        kept[key] = GoingOn(at_s, at_s, each.lingers_s, event) if before is None else replace(before, last_s=at_s)
+    return kept
 
 
-def _turns(story: Story, look: Look, conditions: Mapping[str, _Condition]) -> Iterator[Event]:
+def _turns(story: Story, look: Look, going_on: Mapping[str, GoingOn]) -> Iterator[Event]:
     """What ends, in words of its beginning, and what begins."""
-    for key, (since_s, event) in story.going_on.items():
-        if key not in conditions:
-            lasted_s = look.found.monotonic_s - since_s
-            yield Event(look.time, "ends", event.severity, event.about, event.text, None, lasted_s)
-    for key, event in _begun(conditions, look).items():
+    for key, each in story.going_on.items():
+        if key not in going_on:
+            # At the first look without it, unless it lingered.
+            ended_s = each.last_s if each.lingers_s else look.found.monotonic_s
+            yield replace(each.begun, time=look.time, phase="ends", do=None, lasted_s=ended_s - each.since_s)
+    for key, each in going_on.items():
         if key not in story.going_on:
-            yield event
+            yield each.begun
 
 
 _FAILURES: Mapping[str, str] = {

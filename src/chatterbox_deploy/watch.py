@@ -43,6 +43,10 @@ class Watch:
         self._rotated_ends: dict[int, int] = {}
         """The same of the log before it."""
 
+    def turn_to(self, wanted: Wanted) -> None:
+        """The fleet file has changed: from now on that is the fleet."""
+        self._wanted = wanted
+
     def look(self) -> monitor.Look:
         """All that can be known now, as root or not."""
         host, fleet = self._host, self._wanted.fleet

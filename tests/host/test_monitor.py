@@ -115,6 +115,25 @@ def test_rates_are_of_what_is_sent_meanwhile(serving: Serving) -> None:
     assert all(0 < row["rtf"] < 1 for row in third["instances"] if row["rtf"] is not None)
 
 
+def test_a_fleet_file_that_changes_is_followed_and_a_wrong_one_is_not(serving: Serving, tmp_path: Path) -> None:
+    text, path = serving.fleet_file.read_text(), tmp_path / "fleet.toml"
+    path.write_text(text)
+    argv = [sys.executable, "-m", "chatterbox_deploy", "monitor", str(path), "--json", "--interval", "0.2"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as monitor:
+        assert monitor.stdout is not None
+        told = json.loads(monitor.stdout.readline())
+        assert len(told["instances"]) == 2
+        path.write_text(text.replace("[nginx]", f"2 = {free_ports(1)[0]}\n[nginx]"))
+        while len(told["instances"]) == 2:
+            told = json.loads(monitor.stdout.readline())
+        assert [event["about"] for event in told["now"]] == ["gpu2"]
+        path.write_text("[gpus]\nx")
+        while not any("shown as the fleet file was before" in note for note in told["notes"]):
+            told = json.loads(monitor.stdout.readline())
+        assert len(told["instances"]) == 3
+        monitor.send_signal(signal.SIGINT)
+
+
 def test_who_has_seen_enough_ends_it_without_a_complaint(serving: Serving) -> None:
     argv = serving.monitor("--json", "--interval", "0.2")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as monitor:
@@ -193,8 +212,10 @@ def test_in_a_terminal_it_follows_what_happens_and_leaves_it_as_it_was(serving: 
 @NEEDS_TMUX
 @pytest.mark.parametrize("how", ["C-c", "TERM"])
 def test_however_it_ends_the_terminal_is_sane(how: str, serving: Serving, terminal: Terminal) -> None:
-    terminal.type(" ".join(serving.monitor()) + "; echo status $?")
+    terminal.type("NO_COLOR=1 " + " ".join(serving.monitor()) + "; echo status $?")
     terminal.wait_for(r"^gpu1 .* ready ")
+    # Bold is no colour.
+    assert not re.search(r"\x1b\[[0-9;]*\b[34][0-9]\b", terminal.say("capture-pane", "-p", "-e"))
 
     if how == "TERM":
         shell = terminal.say("display-message", "-p", "#{pane_pid}").strip()

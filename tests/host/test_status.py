@@ -80,6 +80,24 @@ def test_a_fleet_as_its_file_says_is_well_and_exits_0(fleet: Sandbox) -> None:
     assert printed.endswith("exit status 0\n")
 
 
+def test_the_monitor_has_units_from_systemd_and_says_what_a_stranger_may_not_read(fleet: Sandbox) -> None:
+    told = json.loads(fleet.run("sh", "-c", f"{SHIP} monitor {FLEET_TOML} --once --json --interval 0.2"))
+
+    assert [(row["unit"], row["ready"], row["restarts"]) for row in told["instances"]] == [
+        ("active/running", "ready", 0)
+    ] * 4
+    assert (told["front"]["nginx"], told["front"]["answers"], told["front"]["requests"]) == ("active", True, 0)
+    assert told["notes"] == []
+
+    # As logrotate makes it.
+    fleet.run("chmod", "640", "/var/log/nginx/chatterbox-tts.access.log")
+    nobody = "env -u COLUMNS setpriv --reuid 65534 --regid 65534 --clear-groups"
+    printed = fleet.run("sh", "-c", f"cd /; {nobody} {SHIP} monitor {FLEET_TOML} --once --interval 0.2")
+    assert printed.count("active/running  ready") == 4
+    assert "nothing is known of the front's requests: cannot read /var/log/nginx/" in printed
+    assert "permission denied; run it as root (sudo)" in printed
+
+
 def test_anybody_may_ask(fleet: Sandbox) -> None:
     said = fleet.run("setpriv", "--reuid=1000", "--clear-groups", *SHIP.split(), "status", FLEET_TOML, "--json")
 

@@ -323,6 +323,16 @@ def test_a_temperature_at_its_limit_does_not_begin_and_end_all_the_time() -> Non
     assert [event.phase for event in follow(*looks).events] == ["begins", "ends"]
 
 
+def test_what_comes_and_goes_with_every_look_is_one_event() -> None:
+    full = {"readiness": gpu0(waiting=4)}
+    looks = [look(2 * n, **(full if n in (1, 3, 5) else {})) for n in range(12)]
+
+    story = follow(*looks)
+
+    assert [(event.phase, event.lasted_s) for event in story.events] == [("begins", None), ("ends", 8.0)]
+    assert [len(follow(*looks[: n + 1]).going_on) for n in range(12)] == [0, *[1] * 9, 0, 0]
+
+
 def test_limits_can_be_moved() -> None:
     assert told(look(0), allowed=monitor.limits({"temperature_c": 60})) == [["begins warning GPU 0: is hot: 61 °C"]]
     with pytest.raises(ValueError, match="there is no limit 'heat'; there are temperature_c, gpu_memory_percent"):

@@ -13,7 +13,7 @@ import time
 import tty
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from rich.live import Live
 from chatterbox_deploy import exposition, monitor, nvml
 from chatterbox_deploy.blueprint import want
 from chatterbox_deploy.cli import arguments, monitor_view
-from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.render import RenderedFile
 from chatterbox_deploy.watch import Watch
@@ -32,6 +32,7 @@ from chatterbox_deploy.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.monitor import Limits, Picture, Story
 
@@ -101,10 +102,11 @@ def monitor_command(
     nothing. With --once it exits 1 if something critical goes on.
     """
     host = LocalHost()
-    wanted = want(arguments.read_blueprint(host, fleet_file, own_templates))
+    file = _FleetFile(host, fleet_file, own_templates)
+    wanted = file.read()
     log = str(Path(access_log).absolute()) if access_log else wanted.fleet.front.access_log
     watch = Watch(host, wanted, access_log=log, read_cards=nvml.read)
-    session = _Session(wanted.fleet, watch, allowed, _outputs(host, csv_file, textfile), interval_s)
+    session = _Session(file, wanted.fleet, watch, allowed, _outputs(host, csv_file, textfile), interval_s)
     console = Console()
     try:
         if once:
@@ -130,9 +132,35 @@ def monitor_command(
 
 
 @dataclass
+class _FleetFile:
+    """The fleet file, which may change while one looks on."""
+
+    host: LocalHost
+    path: Path
+    own_templates: Path | None
+    text: str = ""
+
+    def read(self) -> Wanted:
+        """What it asks for now.
+
+        Raises:
+            DeployError: it is wrong, or not there.
+        """
+        text = arguments.read_text(self.path)
+        wanted = want(arguments.read_blueprint(self.host, self.path, self.own_templates))
+        self.text = text
+        return wanted
+
+    @property
+    def changed(self) -> bool:
+        return arguments.read_text(self.path) != self.text
+
+
+@dataclass
 class _Session:
     """Looks, one after the other, and where each of them goes."""
 
+    file: _FleetFile
     fleet: Fleet
     watch: Watch
     allowed: Limits
@@ -140,16 +168,27 @@ class _Session:
     interval_s: float
     story: Story = monitor.Story()  # noqa: RUF009  frozen
 
-    def look(self) -> Picture:
-        self.story = monitor.follow(self.story, self.watch.look(), self.fleet, self.allowed)
+    def look(self, *, show: bool = True) -> Picture:
+        """One more; what it saw goes to the files unless it is not to ``show``."""
+        notes: list[str] = []
+        try:
+            if self.file.changed:
+                wanted = self.file.read()
+                self.watch.turn_to(wanted)
+                self.fleet = wanted.fleet
+        except DeployError as error:
+            notes.append(f"shown as the fleet file was before: {' '.join(str(error).split())}")
+        look = self.watch.look()
+        look = replace(look, notes=(*look.notes, *notes))
+        self.story = monitor.follow(self.story, look, self.fleet, self.allowed)
         assert self.story.picture is not None  # noqa: S101  there is one after every look
-        for write in self.outputs:
+        for write in self.outputs if show else ():
             write(self.story.picture)
         return self.story.picture
 
     def once(self) -> Picture:
         """Two looks; only the second one goes anywhere."""
-        self.story = monitor.follow(self.story, self.watch.look(), self.fleet, self.allowed)
+        self.look(show=False)
         time.sleep(self.interval_s)
         return self.look()
 

@@ -86,18 +86,17 @@ def _in_ascii(line: Text) -> Text:
 
 
 def _title(picture: Picture, width: int | None) -> Text:
-    window = "one look so far" if picture.window_s is None else f"rates of the last {picture.window_s:.0f} s"
+    window_s = _number(picture.window_s, 1 if picture.window_s is not None and picture.window_s < 10 else 0, " s")
+    window = "one look so far" if picture.window_s is None else f"rates of the last {window_s}"
     speed = "-" if picture.audio_s_per_s is None else f"{picture.audio_s_per_s:.2f}"
     said = f"{picture.time:%H:%M:%S} UTC · {window} · {speed} s of sound per second"
     if width is not None and cell_len(said) > width:
-        said = (
-            f"{picture.time:%H:%M:%S} · {'-' if picture.window_s is None else f'{picture.window_s:.0f} s'} · {speed}x"
-        )
+        said = f"{picture.time:%H:%M:%S} · {window_s} · {speed}x"
     return Text(said, style="bold")
 
 
 def _going_on(event: Event, story: Story) -> str:
-    since_s = next((since for since, begun in story.going_on.values() if begun is event), None)
+    since_s = next((each.since_s for each in story.going_on.values() if each.begun is event), None)
     ago = "" if since_s is None or story.picture is None else f" for {duration(story.picture.monotonic_s - since_s)}"
     do = "" if event.do is None else f": {event.do}"
     return f"{event.severity}{ago}: {event.about} {event.text}{do}"
