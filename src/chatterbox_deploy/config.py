@@ -354,6 +354,10 @@ class MonitoringConfig(_Strict):
     scrape_key_file: AbsolutePath | None = None
     """File with nothing but a key, which Prometheus shows the instances; with server.api_keys_file."""
 
+    textfile: AbsolutePath | None = None
+    """What a service of the fleet sees of GPUs and front, which no instance can tell, for node_exporter's textfile
+    collector: in the directory that it reads, a name that ends in .prom."""
+
     dashboard_file: AbsolutePath | None = None
     """A dashboard for Grafana, in a directory that it provisions dashboards from; its name ends in .json."""
 
@@ -561,7 +565,7 @@ def _monitoring_conflicts(config: FleetConfig) -> list[str]:
     given, server = config.monitoring, config.server
     problems: list[str] = []
     named: dict[str, str] = {}
-    for key in ("rules_file", "scrape_file", "dashboard_file"):
+    for key in ("rules_file", "scrape_file", "textfile", "dashboard_file"):
         path = getattr(given, key)
         if path is not None and path in named:
             problems.append(f"monitoring.{key}: {path!r} is already used by monitoring.{named[path]}")
@@ -575,6 +579,10 @@ def _monitoring_conflicts(config: FleetConfig) -> list[str]:
     if given.scrape_key_file is not None and (given.scrape_file is None or server.api_keys_file is None):
         problems.append(
             "monitoring.scrape_key_file: has no meaning without monitoring.scrape_file and server.api_keys_file"
+        )
+    if given.textfile is not None and not given.textfile.endswith(".prom"):
+        problems.append(
+            f"monitoring.textfile: node_exporter reads files that end in .prom only, got {given.textfile!r}"
         )
     if given.dashboard_file is not None and not given.dashboard_file.endswith(".json"):
         problems.append(

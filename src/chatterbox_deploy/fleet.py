@@ -237,11 +237,14 @@ class Monitoring:
     scrape_key_file: str | None = None
     """Holds a key that is shown to the instances; not ours to write."""
 
+    textfile: str | None = None
+    """Written again and again by somebody who looks."""
+
     dashboard_file: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Those that are ours."""
+        """Those that are rendered."""
         return tuple(path for path in (self.rules_file, self.scrape_file, self.dashboard_file) if path is not None)
 
 

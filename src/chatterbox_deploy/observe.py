@@ -85,6 +85,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         enabled=target.get("UnitFileState") == "enabled",
         active=target.get("ActiveState") == "active",
         timed=shown.get(systemd.RECYCLE_TIMER, {}).get("ActiveState") == "active",
+        watched=shown.get(systemd.MONITOR_UNIT, {}).get("ActiveState", "inactive") not in ("inactive", "failed"),
         listening=taken,
         strangers={} if fleet is None else _strangers(host, _front_ports(fleet) & taken, on_disk),
         edited=frozenset(path for path, text in on_disk.items() if ledger.wrote(path, text) is False),

@@ -646,6 +646,18 @@ class _Work:
             self.steps.append(Run(("systemctl", "start", systemd.TARGET), "the fleet counts as started"))
         elif render.UNIT_DIR / systemd.RECYCLE_TIMER in wanted and not self.state.timed:
             self.steps.append(Run(("systemctl", "start", systemd.RECYCLE_TIMER), "instances are recycled from now on"))
+        if render.UNIT_DIR / systemd.MONITOR_UNIT in wanted:
+            self._watch()
         for path in sorted(self.state.edited):
             if path in wanted:
                 self.notes.append(f"{path} was edited by hand: that edit goes")
+
+    def _watch(self) -> None:
+        """Somebody looks, by the unit as it is now."""
+        path = render.UNIT_DIR / systemd.MONITOR_UNIT
+        renewed = self.disk.get(path) != self.state.files.get(path) or self.state.interrupted is not None
+        if self.state.watched and renewed:
+            self.steps.append(StopUnits((systemd.MONITOR_UNIT,)))
+        if renewed or not self.state.watched:
+            start = ("systemctl", "start", systemd.MONITOR_UNIT)
+            self.steps.append(Run(start, "GPUs and front are looked at from now on"))

@@ -64,12 +64,21 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
     if fleet.service.recycles:
         for unit in (systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER):
             texts[UNIT_DIR / unit] = templates.fill_in(f"units/{unit}.j2", common)
+    if fleet.monitoring.textfile is not None:
+        values = {**common, "look": _look_command(fleet.monitoring.textfile, source)}
+        values["directory"] = str(PurePosixPath(fleet.monitoring.textfile).parent)
+        texts[UNIT_DIR / systemd.MONITOR_UNIT] = templates.fill_in(f"units/{systemd.MONITOR_UNIT}.j2", values)
     for daemon in fleet.mps_daemons:
         texts[UNIT_DIR / systemd.unit_name(daemon.name)] = _mps_unit(fleet, daemon, templates, source=source)
     texts |= _monitoring(fleet, templates, source=source)
     instances = tuple(instance_unit(fleet, instance, templates, source=source) for instance in fleet.instances)
     others = (RenderedFile(path, text) for path, text in texts.items())
     return tuple(sorted((*others, *instances), key=lambda file: file.path))
+
+
+def _look_command(textfile: str, source: str) -> tuple[str, ...]:
+    # env: found where systemd looks for programs, /usr/local/bin before /usr/bin.
+    return ("/usr/bin/env", "chatterbox-deploy", "monitor", source, "--interval", "15", "--prometheus", textfile)
 
 
 def _monitoring(fleet: Fleet, templates: Templates, *, source: str) -> dict[PurePosixPath, str]:
@@ -98,6 +107,7 @@ def _common(fleet: Fleet, source: str) -> dict[str, object]:
         "nodes_unit": systemd.NODES_UNIT,
         "recycle_unit": systemd.RECYCLE_UNIT,
         "recycle_timer": systemd.RECYCLE_TIMER,
+        "monitor_unit": systemd.MONITOR_UNIT,
         "units": [systemd.unit_name(instance.name) for instance in fleet.instances],
     }
 

@@ -447,6 +447,9 @@ def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: F
         timer = found.units.get(systemd.RECYCLE_TIMER, Unit())
         if fleet.service.recycles and timer.load != "not-found" and timer.active != "active":
             wrong.append(f"nothing recycles the instances: systemctl start {systemd.RECYCLE_TIMER}")
+        looker = found.units.get(systemd.MONITOR_UNIT, Unit())
+        if fleet.monitoring.textfile is not None and looker.load != "not-found" and looker.active != "active":
+            wrong.append(f"nobody looks at GPUs and front for Prometheus: `journalctl -u {systemd.MONITOR_UNIT}`")
         for daemon in fleet.mps_daemons:
             name = systemd.unit_name(daemon.name)
             unit = found.units.get(name, Unit())

@@ -211,3 +211,26 @@ def test_logs_are_of_one_instance_or_of_all_with_their_names(fleet: Sandbox) -> 
     assert f"{unit('gpu0')}[" in every
     assert f"{unit('gpu3')}[" in every
     assert len(typed(fleet, "logs gpu0 -n 3").splitlines()) == 4
+
+
+def test_a_textfile_is_written_by_a_service_of_the_fleet_until_it_is_asked_for_no_longer(fleet: Sandbox) -> None:
+    directory = "/var/lib/prometheus/node-exporter"
+    watched = FOUR + f'[monitoring]\ntextfile = "{directory}/chatterbox-tts.prom"\n'
+    fleet.run("mkdir", "-p", directory)
+    fleet.write(FLEET_TOML, watched)
+    assert typed(fleet, "apply").endswith("exit status 0\n")
+
+    fleet.wait_until(f"[ -e {directory}/chatterbox-tts.prom ]")
+    told = fleet.run("cat", f"{directory}/chatterbox-tts.prom")
+    assert told.count("chatterbox_monitor_instance_up{") == 4
+    assert 'chatterbox_monitor_instance_up{instance_name="gpu3"} 1.0\n' in told
+    assert "chatterbox_monitor_front_up 1.0\n" in told
+    assert "chatterbox_monitor_front_requests_per_second" in told
+    assert asked(fleet)["wrong"] == []
+
+    fleet.run("systemctl", "stop", "chatterbox-tts-monitor.service")
+    assert "nobody looks at GPUs and front for Prometheus" in asked(fleet)["wrong"][0]
+    fleet.write(FLEET_TOML, FOUR)
+    assert typed(fleet, "apply").endswith("exit status 0\n")
+    assert fleet.show("chatterbox-tts-monitor.service", "LoadState") == "not-found"
+    assert asked(fleet)["wrong"] == []

@@ -432,6 +432,24 @@ def test_files_for_those_who_watch_come_move_and_go_and_nobody_restarts_for_them
     assert propose(host, TWO).plan.steps == ()
 
 
+def test_somebody_looks_by_the_unit_as_it_is_while_a_textfile_is_asked_for(host: ScriptedHost) -> None:
+    looks = f"start {systemd.MONITOR_UNIT}"
+    one = {**TWO, "monitoring": {"textfile": "/var/lib/node/a.prom"}}
+    change(host, one)
+    assert host.history.count(looks) == 1
+    change(host, {**one, "server": {"max_wait_s": 77}})
+    assert host.history.count(looks) == 1
+
+    change(host, {**one, "monitoring": {"textfile": "/var/lib/node/b.prom"}, "server": {"max_wait_s": 77}})
+    assert [done for done in host.history if systemd.MONITOR_UNIT in done and done.startswith(("start", "stop"))] == [
+        looks,
+        f"stop {systemd.MONITOR_UNIT}",
+        looks,
+    ]
+    change(host, TWO)
+    assert systemd.MONITOR_UNIT not in host.active_units()
+
+
 def test_files_for_those_who_watch_that_others_wrote_are_never_written_over(host: ScriptedHost) -> None:
     host.place("/srv/d.json", '{\n  "description": "mine"\n}\n')
 

@@ -110,6 +110,7 @@ _MONITORING = st.fixed_dictionaries(
     {},
     optional={
         "rules_file": st.just("/etc/prometheus/rules.yml"),
+        "textfile": st.sampled_from(["/var/lib/node/a.prom", "/var/lib/node/b.prom"]),
         "dashboard_file": st.sampled_from(["/var/lib/grafana/a.json", "/var/lib/grafana/b.json"]),
     },
 )
@@ -265,7 +266,7 @@ _SETTINGS: dict[str, Any] = {
     "nginx": {"listen": "127.0.0.1:7000", "max_upload_mb": 30},
     "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": '50% "more"'}, "cpu_threads": 3},
     "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20, "mps": False},
-    "monitoring": {"rules_file": "/etc/prometheus/rules.yml", "dashboard_file": "/var/lib/grafana/a.json"},
+    "monitoring": {"rules_file": "/etc/prometheus/rules.yml", "textfile": "/var/lib/node/a.prom"},
 }
 
 
