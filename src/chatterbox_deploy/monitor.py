@@ -63,17 +63,24 @@ class Limits:
     """Of the front's answers, 503."""
 
 
-def limits(given: Mapping[str, float]) -> Limits:
-    """The defaults, but for those that are given.
+def limits(given: Mapping[str, str]) -> Limits:
+    """The defaults, but for those that are given, as an operator types them.
 
     Raises:
-        ValueError: there is no such limit.
+        ValueError: there is no such limit, or it is no number.
     """
     names = [each.name for each in fields(Limits)]
-    if unknown := sorted(set(given) - set(names)):
-        msg = f"there is no limit {unknown[0]!r}; there are {', '.join(names)}"
-        raise ValueError(msg)
-    return Limits(**given)
+    numbers: dict[str, float] = {}
+    for name, text in given.items():
+        if name not in names:
+            msg = f"there is no limit {name!r}; there are {', '.join(names)}"
+            raise ValueError(msg)
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            msg = f"{name} should be a number, got {text!r}; write it like temperature_c=80"
+            raise ValueError(msg) from None
+    return Limits(**numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -334,9 +334,9 @@ def test_what_comes_and_goes_with_every_look_is_one_event() -> None:
 
 
 def test_limits_can_be_moved() -> None:
-    assert told(look(0), allowed=monitor.limits({"temperature_c": 60})) == [["begins warning GPU 0: is hot: 61 °C"]]
+    assert told(look(0), allowed=monitor.limits({"temperature_c": "60"})) == [["begins warning GPU 0: is hot: 61 °C"]]
     with pytest.raises(ValueError, match="there is no limit 'heat'; there are temperature_c, gpu_memory_percent"):
-        monitor.limits({"heat": 60})
+        monitor.limits({"heat": "60"})
 
 
 def test_somebody_critical_is_not_well() -> None:
