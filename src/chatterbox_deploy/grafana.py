@@ -176,13 +176,14 @@ PANELS = (
         "As nginx logged them; unequal under load: chatterbox-deploy status.",
     ),
     Panel(
-        "Front: errors, and requests passed on",
+        "Front: errors, requests refused and passed on",
         "reqps",
         (
             ("chatterbox_monitor_front_errors_per_second", "{{instance_name}}: 5xx"),
+            ("chatterbox_monitor_front_refused_per_second", "{{instance_name}}: 503"),
             ("chatterbox_monitor_front_passed_on_per_second", "{{instance_name}}: asked in vain"),
         ),
-        "Passed on: another instance was asked, and the client noticed nothing.",
+        "503: nobody had room. Asked in vain: another instance was asked, and the client noticed nothing.",
     ),
 )
 

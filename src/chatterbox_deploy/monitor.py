@@ -191,7 +191,10 @@ class FrontRow:
 
     share_percent: float | None
     errors: int
-    """Of these, 5xx."""
+    """Of these, 5xx without 503."""
+
+    refused: int
+    """Of these, 503: nobody had room, and this one was asked last."""
 
     passed_on: int
     """Requests that it was asked for in vain, and another one after it."""
@@ -535,7 +538,8 @@ def _front_rows(fleet: Fleet, look: Look, requests: Sequence[Request]) -> Iterat
             instance=name,
             requests=len(own),
             share_percent=100 * len(own) / len(requests) if requests else None,
-            errors=sum(request.status >= 500 for request in own),
+            errors=sum(_is_error(request) for request in own),
+            refused=sum(request.status == 503 for request in own),
             passed_on=in_vain[name],
             p50_s=p50_s,
             p95_s=p95_s,
@@ -823,7 +827,8 @@ def gauges(picture: Picture) -> tuple[Gauge, ...]:
             [((), None if picture.front.answers is None else float(picture.front.answers))],
         ),
         of_front("requests", f"Requests by who answered, {window}.", (row.requests for row in rows)),
-        of_front("errors", f"Of these, those answered with 5xx, {window}.", (row.errors for row in rows)),
+        of_front("errors", f"Of these, those answered with 5xx but 503, {window}.", (row.errors for row in rows)),
+        of_front("refused", f"Of these, those answered with 503, {window}.", (row.refused for row in rows)),
         of_front(
             "passed_on", f"Requests that this one was asked for in vain, {window}.", (row.passed_on for row in rows)
         ),

@@ -182,10 +182,10 @@ def test_the_front_says_who_answered_who_was_asked_in_vain_and_what_went_wrong()
     front = picture(look(0, requests=requests)).front
 
     assert (front.requests, front.errors, front.refused, front.retried) == (5, 1, 1, 3)
-    assert [(row.instance, row.requests, row.errors, row.passed_on) for row in front.rows or ()] == [
-        ("gpu0", 2, 1, 2),
-        ("gpu1", 2, 1, 1),
-        ("front", 1, 0, 0),
+    assert [(row.instance, row.requests, row.errors, row.refused, row.passed_on) for row in front.rows or ()] == [
+        ("gpu0", 2, 1, 0, 2),
+        ("gpu1", 2, 0, 1, 1),
+        ("front", 1, 0, 0, 0),
     ]
 
 
@@ -426,9 +426,9 @@ gpu1      1    active/running  ready      0          1  0.50 s           -  0.25
 
 front 127.0.0.1:6095 answers, nginx is active; in the last 60 s 3 requests, 0 errors, 0 refused, 0 retried
 requests per second, last 5 min:                    █
-front  requests  share  errors  passed on     p50     p95
-gpu0          3  100 %       0          0  1.00 s  1.00 s
-gpu1          0    0 %       0          0       -       -
+front  requests  share  errors  refused  passed on     p50     p95
+gpu0          3  100 %       0        0          0  1.00 s  1.00 s
+gpu1          0    0 %       0        0          0       -       -
 
 12:00:20 warning: gpu0 its queue is full: 4 wait
 """[1:-1]  # noqa: E501  as wide as it is

@@ -239,6 +239,7 @@ _FRONT_COLUMNS: tuple[Column[FrontRow], ...] = (
     Column("requests", lambda row: str(row.requests)),
     Column("share", lambda row: _number(row.share_percent, unit=" %"), goes=3),
     Column("errors", lambda row: str(row.errors)),
+    Column("refused", lambda row: str(row.refused), goes=5),
     Column("passed on", lambda row: str(row.passed_on), goes=1),
     Column("p50", lambda row: _seconds(row.p50_s), goes=4),
     Column("p95", lambda row: _seconds(row.p95_s), goes=2),
