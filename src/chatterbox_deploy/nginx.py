@@ -1,4 +1,4 @@
-"""nginx's words: quoting, who is listed in a front's text, what its log tells. Runs nothing."""
+"""nginx's words: quoting, who is listed in a front's text, and what its access log tells. Runs nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy.fleet import Upstream
@@ -39,6 +41,43 @@ def find_upstreams(front: str) -> tuple[Upstream, ...]:
 def find_ports(front: str) -> frozenset[int]:
     """On which it listens."""
     return frozenset(int(port) for port in _LISTEN.findall(front))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that the front has answered, as its access log has it."""
+
+    ended: datetime
+    """To the second."""
+
+    status: int
+    instance: str | None
+    """Who was asked last, by the front's own list; ``None`` where nobody was asked."""
+
+    duration_s: float
+    asked: tuple[tuple[str, int | None], ...] = ()
+    """(address, status) of every pass in its order; ``None``: it was cut short before there was one."""
+
+
+# nginx separates those asked in one pass by commas, and passes by colons.
+_PASSES = re.compile(r" : |, ")
+
+
+def parse_request(line: bytes) -> Request | None:
+    """One line of the access log; ``None`` for one that is none of ours, or not whole."""
+    try:
+        said = json.loads(line)
+        asked = [one for one in _PASSES.split(said["tried"]) if one]
+        statuses = [int(one) if one.isdigit() else None for one in _PASSES.split(said["tries"])[: len(asked)]]
+        return Request(
+            ended=datetime.fromisoformat(said["time"]),
+            status=int(said["status"]),
+            instance=said["instance"] or None,
+            duration_s=float(said["duration_s"]),
+            asked=tuple(zip_longest(asked, statuses)),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def quote(text: str) -> str:

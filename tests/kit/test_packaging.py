@@ -108,6 +108,7 @@ def test_the_wheel_holds_all_that_is_not_python(wheels: dict[str, Path]) -> None
     assert set(names) >= {f"chatterbox_deploy/_templates/{template}" for template in TEMPLATES}
     assert set(names) >= {"chatterbox_deploy/fleet.schema.json", "chatterbox_deploy/py.typed"}
     assert "chatterbox_deploy/report.html.j2" in names
+    assert set(names) >= {f"chatterbox_deploy/monitoring/{name}.yml.j2" for name in ("rules", "scrape")}
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
 
 

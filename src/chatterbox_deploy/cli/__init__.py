@@ -12,6 +12,7 @@ from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.advise import advise_command
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
+from chatterbox_deploy.cli.monitor import monitor_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
 from chatterbox_deploy.cli.recycle import recycle_command
 from chatterbox_deploy.cli.render import render_command
@@ -80,6 +81,7 @@ main.add_command(recycle_command)
 main.add_command(uninstall_command)
 main.add_command(up_command)
 main.add_command(status_command)
+main.add_command(monitor_command)
 main.add_command(logs_command)
 main.add_command(start_command)
 main.add_command(stop_command)
