@@ -46,6 +46,12 @@ class ProfileError(DeployError):
     exit_code = 2
 
 
+class ManuscriptError(DeployError):
+    """What is to be spoken is no text, or there is nothing in it to say."""
+
+    exit_code = 2
+
+
 class ForeignFile(DeployError):
     """A file that we did not write stands where we would write."""
 
