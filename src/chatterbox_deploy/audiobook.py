@@ -75,7 +75,7 @@ def _encode(
     if made.codec == "libopus":
         rate_hz = min((rate for rate in _OPUS_RATES_HZ if rate >= rate_hz), default=_OPUS_RATES_HZ[-1])
     with av.open(str(path), "w", format=made.container, options=dict(made.options)) as container:
-        stream = container.add_stream(made.codec, rate=rate_hz, layout="mono")
+        stream = container.add_stream(made.codec, rate=rate_hz, layout="mono", options=dict(made.coder))
         if not isinstance(stream, AudioStream):
             raise TypeError(made.codec)
         if made.bit_rate is not None:

@@ -18,12 +18,18 @@ class Format:
     bit_rate: int | None = None
     """Of lossy codecs; ample for one voice at 24 kHz (RFC 7587 calls 28 to 40 kb/s enough for Opus)."""
     options: tuple[tuple[str, str], ...] = ()
+    """Of the container."""
+    coder: tuple[tuple[str, str], ...] = ()
+    """Options of the codec."""
     comments: bool = False
     """Whether chapters are Vorbis comments, which FFmpeg 8 writes a second late for Opus and not at all for FLAC."""
 
 
-# "M4B " makes players remember the place; faststart puts the index first, for players that stream.
-_MP4: Final = Format("ipod", "aac", 64_000, (("brand", "M4B "), ("movflags", "+faststart")))
+# "M4B " makes players remember the place; faststart puts the index first, for players that stream. The fast coder takes
+# a seventh of the time of FFmpeg's own choice, and at this bit rate is the nearer to what went in.
+_MP4: Final = Format(
+    "ipod", "aac", 64_000, (("brand", "M4B "), ("movflags", "+faststart")), coder=(("aac_coder", "fast"),)
+)
 
 FORMATS: Final[Mapping[str, Format]] = {
     ".m4b": _MP4,

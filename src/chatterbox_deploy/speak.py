@@ -283,8 +283,9 @@ class _Sender:
             return _Trouble(f"{status}: {_message(said)}", _retry_after_s(headers.get("Retry-After")))
         if status >= 500 or status == 408:
             return _Trouble(f"{status}: {_message(said)}", None)
-        msg = f"{_refusal(self.front, status, said)}\n  the piece was:\n    {take.text}"
-        raise CommandFailed(msg)
+        # Before anything was spoken, what is refused is the voice, the key, the address; not this piece.
+        piece = f"\n  the piece was:\n    {take.text}" if self.seen else ""
+        raise CommandFailed(_refusal(self.front, status, said) + piece)
 
     async def _alive(self) -> bool:
         """Whether an instance answers at all: if none does, the piece is not to blame."""

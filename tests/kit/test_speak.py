@@ -247,12 +247,19 @@ def test_what_the_server_refuses_is_told_at_once_and_ends_the_job() -> None:
     heard = run(server, *MANY, in_flight=2)
 
     assert heard.error is not None
-    assert re.fullmatch(
-        r"http://127\.0\.0\.1:\d+ refuses: 400: voice: there is no voice 'ana'\n  the piece was:\n    Sentence [01]\.",
-        heard.error,
-    )
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+ refuses: 400: voice: there is no voice 'ana'", heard.error)
     assert server.asked.total() <= 4
     assert not heard.reasons
+
+
+def test_a_piece_that_is_refused_where_others_were_spoken_is_told_with_its_text() -> None:
+    server = Server(lambda text, number: problem(400, "nothing to say") if text == MANY[9] else sound())
+
+    heard = run(server, *MANY, in_flight=1)
+
+    assert heard.error is not None
+    assert heard.error.endswith(f"refuses: 400: nothing to say\n  the piece was:\n    {MANY[9]}")
+    assert len(heard.kept) == 9
 
 
 def test_who_is_not_let_in_is_told_what_to_give() -> None:
