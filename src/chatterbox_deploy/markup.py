@@ -47,8 +47,11 @@ class Document:
 LONGEST_TITLE: Final = 80
 """Characters; a longer line is a sentence."""
 
-_HARD_WRAP: Final = 100
-"""A line with more characters was not wrapped by hand: it is a paragraph of its own."""
+_HARD_WRAP: Final = 140
+"""A plain text's line with more characters was not wrapped: it is a paragraph of its own."""
+
+_UNWRAPPED: Final = 0.1
+"""Where so many of a plain text's lines are that long, every line is a paragraph."""
 
 # Not the soft hyphen, which is not meant to be seen; control characters are no letters.
 _INVISIBLE: Final = re.compile(r"[\u00ad\ufeff]")
@@ -116,8 +119,14 @@ def parse(text: str, *, markdown: bool) -> Document:
         text = text[front.end() :]
     # A page may end within a sentence.
     lines = _LINES.split(re.sub(r"\n?\f\n?", "\n\f\n", text))
-    blocks = tuple(_tidied(_Reader(markdown=markdown).read(lines)))
+    longest = 0 if not markdown and _is_unwrapped(lines) else _HARD_WRAP
+    blocks = tuple(_tidied(_Reader(markdown=markdown, longest_line=longest).read(lines)))
     return Document(blocks, told.get("title"), told.get("author"))
+
+
+def _is_unwrapped(lines: list[str]) -> bool:
+    filled = [line for line in lines if says(line)]
+    return sum(len(line) > _HARD_WRAP for line in filled) > _UNWRAPPED * len(filled)
 
 
 @dataclass(slots=True)
@@ -125,6 +134,8 @@ class _Reader:
     """Collects the lines of a block until it ends."""
 
     markdown: bool
+    longest_line: int
+    """Of those that may go on in the next."""
     block: list[str] = field(default_factory=list)
     indented: bool = False
     fenced: bool = False
@@ -138,6 +149,9 @@ class _Reader:
                     yield from self.end()
                     continue
                 line = re.sub(r"^(?:> ?)+", "", line)
+                if not self.fenced and line.startswith("|"):
+                    yield from self.row(line)
+                    continue
             yield from self.take(line, raw)
         yield from self.end()
 
@@ -165,6 +179,13 @@ class _Reader:
             self.indented = raw[:1] in {" ", "\t"}
             self.block.append(line)
 
+    def row(self, line: str) -> Iterator[Block]:
+        """A table's, as an item; nothing of the line between its head and its body."""
+        yield from self.end()
+        cells = [cell.strip() for cell in line.split("|") if says(cell)]
+        if cells:
+            yield Paragraph(_spoken(", ".join(cells), markdown=True), is_item=True)
+
     def is_title(self) -> bool:
         """Whether an underline below would make a heading of what was read last."""
         if not 1 <= len(self.block) <= 2 or not says(joined := _joined(self.block)):
@@ -177,7 +198,9 @@ class _Reader:
         """Whether ``line`` begins a block of its own: an item, an unwrapped line, a first line that is indented."""
         if not self.block:
             return False
-        if self.fenced or _BULLET.match(line) or max(len(line), len(self.block[-1])) > _HARD_WRAP:
+        if self.fenced or _BULLET.match(line):
+            return True
+        if not self.markdown and max(len(line), len(self.block[-1])) > self.longest_line:
             return True
         listing = _BULLET.match(self.block[0]) or _NUMBERED.match(self.block[0])
         if _NUMBERED.match(line):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from chatterbox_deploy import manuscript, sentences
@@ -75,6 +75,14 @@ def test_every_letter_is_said_once_and_in_order(text: str, longest: int) -> None
     assert "".join(letters(piece.text) for piece in pieces) == letters(text)
     assert all(letters(piece.text) for piece in pieces)
     assert pieces[-1].pause_s == 0.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS.filter(letters))
+def test_of_a_markdown_text_too_but_for_addresses_comments_and_front_matter(text: str) -> None:
+    assume(not re.search(r"\]\(|\]\[|<!--|\A\W*---", text))
+
+    assert "".join(letters(piece.text) for piece in read(text, markdown=True).pieces) == letters(text)
 
 
 WORDS = st.sampled_from(
@@ -192,6 +200,10 @@ First
 - one
 - two
 
+| a | *b* |
+| - | --- |
+| 1 | 2   |
+
 ### Within
 
 More.
@@ -207,7 +219,10 @@ End \\*.
     assert (read_text.title, read_text.author) == ("The Book", "Ada L.")
     assert outline(text, markdown=True) == [
         ("The Book", ["The Book", "By me, see the site."]),
-        ("First", ["First", "Quoted text with code_here and snake_case.", "one", "two", "Within", "More."]),
+        (
+            "First",
+            ["First", "Quoted text with code_here and snake_case.", "one", "two", "a, b", "1, 2", "Within", "More."],
+        ),
         ("Second", ["Second", "picture", "End *."]),
     ]
 
@@ -266,9 +281,15 @@ def test_lines_end_in_any_way_and_are_joined(end: str) -> None:
 
 
 def test_a_line_that_nobody_wrapped_is_a_paragraph_and_so_is_an_indented_first_line() -> None:
-    long = "This line is so long that no one can have wrapped it by hand, and so it has to be a paragraph of its own."
+    long = (
+        "This line is so long that no one can have wrapped it by hand, and so it has to be a paragraph of its own, " * 2
+    )
+    long = long.strip(" ,") + "."
+    wrapped = "Such a text was wrapped by hand,\nthough not everywhere.\n\n"
 
-    assert outline(f"{long}\n{long}") == [(None, [long, long])]
+    assert outline(f"{long}\n“No.”\n“Yes.”\n{long}") == [(None, [long, "“No.”", "“Yes.”", long])]
+    assert outline(wrapped * 9 + f"{long}\n{long}")[0][1][-3:] == [wrapped.replace("\n", " ").strip(), long, long]
+    assert outline(f"{long}\nSo.", markdown=True) == [(None, [f"{long} So."])]
     assert outline("    It was so.\nAnd went on.\n    Then it ended.") == [
         (None, ["It was so. And went on.", "Then it ended."])
     ]
