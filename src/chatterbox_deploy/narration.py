@@ -58,8 +58,6 @@ class Timeline:
     """The whole, put together."""
 
     sample_rate_hz: int
-    parts: tuple[tuple[Take, int], ...]
-    """What sounds, and the samples of silence that follow it."""
     chapters: tuple[Span, ...]
     """Seamless: each ends where the next begins."""
     cues: tuple[Span, ...]
@@ -106,7 +104,6 @@ def timeline(
 
     A chapter that has no title is called ``untitled``.
     """
-    parts: list[tuple[Take, int]] = []
     chapters: list[Span] = []
     cues: list[Span] = []
     at = 0
@@ -117,10 +114,9 @@ def timeline(
             take = next(spoken)
             silence = round(piece.pause_s * sample_rate_hz)
             cues.append(Span(piece.text, at, at + samples[take.name]))
-            parts.append((take, silence))
             at += samples[take.name] + silence
         chapters.append(Span(chapter.title or untitled, began, at))
-    return Timeline(sample_rate_hz, tuple(parts), tuple(chapters), tuple(cues))
+    return Timeline(sample_rate_hz, tuple(chapters), tuple(cues))
 
 
 def in_flight(config: FleetConfig) -> int:

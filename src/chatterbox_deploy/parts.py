@@ -93,14 +93,14 @@ class Parts:
             msg = f"cannot write {self._path(name)}: {(error.strerror or str(error)).lower()}"
             raise CommandFailed(msg) from None
 
-    def pcm(self, name: str) -> bytes:
-        """The samples of a take that is there.
+    def read(self, name: str) -> Sound:
+        """The sound of a take that is there.
 
         Raises:
             CommandFailed: it cannot be read.
         """
         try:
-            return wav.decode(self._path(name).read_bytes()).pcm
+            return wav.decode(self._path(name).read_bytes())
         except (OSError, wav.NotWav) as error:
             msg = f"cannot read {self._path(name)}: {error}; remove it and type the same again"
             raise CommandFailed(msg) from None

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import audiobook, narration, speak, subtitles, tally
+from chatterbox_deploy import narration, speak, subtitles, tally
+from chatterbox_deploy.binding import Binder
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.tally import Summary, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.narration import Manner, Take, Timeline
     from chatterbox_deploy.parts import Parts
     from chatterbox_deploy.speak import Front
+    from chatterbox_deploy.wav import Sound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +66,12 @@ def make(
     """
     begun_s = time.monotonic()
     wanted = narration.takes(manuscript, manner, spoken_by=asyncio.run(speak.spoken_by(front, manner.voice)))
+    there = parts.samples(take.name for take in wanted)
+    pauses = [(take, piece.pause_s) for take, piece in zip(wanted, manuscript.pieces, strict=True)]
     try:
-        counts, speaking_s = _speak(wanted, front, in_flight, parts, show)
-        whole = _together(manuscript, wanted, parts, untitled=goal.title)
-        _write(goal, whole, parts, show)
+        with Binder(goal.output, pauses, parts, there, loudness_lufs=goal.loudness_lufs) as binder:
+            counts, speaking_s = _speak(wanted, there, front, in_flight, binder, parts=parts, show=show)
+            whole = _write(goal, manuscript, wanted, binder, parts=parts, show=show)
     except CommandFailed as error:
         msg = f"{error}\n{how_to_go_on(parts)}"
         raise CommandFailed(msg) from None
@@ -93,50 +97,49 @@ def how_to_go_on(parts: Parts) -> str:
 
 
 def _speak(
-    wanted: Sequence[Take], front: Front, in_flight: int | None, parts: Parts, show: Show
+    wanted: Sequence[Take],
+    there: Collection[str],
+    front: Front,
+    in_flight: int | None,
+    binder: Binder,
+    *,
+    parts: Parts,
+    show: Show,
 ) -> tuple[Tally, float]:
     """Have spoken what is not there; what was, and in how many seconds."""
-    todo = narration.missing(wanted, parts.samples(take.name for take in wanted))
-    counts = Tally(
-        pieces=len(todo),
-        characters=sum(len(take.text) for take in todo),
-        kept=len({take.name for take in wanted}) - len(todo),
-    )
+    todo = narration.missing(wanted, there)
+    counts = Tally(pieces=len(todo), characters=sum(len(take.text) for take in todo), kept=len(there))
+
+    def keep(name: str, sound: Sound) -> None:
+        parts.keep(name, sound)
+        binder.spoken(name)
+
     begun_s = time.monotonic()
     if todo:
         with show.speaking(counts) as tell:
-            asyncio.run(speak.speak(front, todo, parts.keep, in_flight=in_flight, tell=tell))
+            asyncio.run(speak.speak(front, todo, keep, in_flight=in_flight, tell=tell))
     return counts, time.monotonic() - begun_s
 
 
-def _together(manuscript: Manuscript, wanted: Sequence[Take], parts: Parts, *, untitled: str) -> Timeline:
+def _write(
+    goal: Goal, manuscript: Manuscript, wanted: Sequence[Take], binder: Binder, *, parts: Parts, show: Show
+) -> Timeline:
+    """The file, and its subtitles."""
     there = parts.samples(take.name for take in wanted)
-    rates_hz = sorted({rate_hz for rate_hz, _ in there.values()})
-    if len(rates_hz) > 1:
-        msg = (
-            f"cannot join sounds of {' and '.join(map(str, rates_hz))} Hz: another server spoke some of {parts.folder}"
-        )
-        raise CommandFailed(msg)
+    rate_hz = next(rate_hz for rate_hz, _ in there.values())
     samples = {name: count for name, (_, count) in there.items()}
-    return narration.timeline(manuscript, wanted, samples, sample_rate_hz=rates_hz[0], untitled=untitled)
-
-
-def _write(goal: Goal, whole: Timeline, parts: Parts, show: Show) -> None:
+    whole = narration.timeline(manuscript, wanted, samples, sample_rate_hz=rate_hz, untitled=goal.title)
     tags = {"title": goal.title, "album": goal.title, "genre": "Audiobook"}
     if goal.author is not None:
         tags["artist"] = goal.author
     with show.writing(goal.output.name, whole.duration_s) as on_way:
-        audiobook.write(
-            goal.output,
-            whole,
-            lambda take: parts.pcm(take.name),
-            tags=tags,
-            loudness_lufs=goal.loudness_lufs,
-            on_way=on_way,
-        )
+        while not binder.wait(0.1):
+            on_way(binder.written_s)
+        binder.finish(whole.chapters, tags)
     if goal.subtitles is not None:
         try:
             goal.subtitles.write_text(subtitles.srt(whole.cues, whole.sample_rate_hz), encoding="utf-8")
         except OSError as error:
             msg = f"cannot write {goal.subtitles}: {(error.strerror or str(error)).lower()}"
             raise CommandFailed(msg) from None
+    return whole
