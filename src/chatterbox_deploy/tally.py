@@ -47,13 +47,13 @@ class Tally:
         return elapsed_s * (self.characters - self.done_characters) / self.done_characters
 
     def line(self, elapsed_s: float) -> str:
-        """``12 of 40 pieces, 3.2 s of sound a second, 0:45 left``; a dash is what is not known yet."""
+        """``12 of 40 pieces, 0:45 left, 3.2 s of sound a second``; a dash is what is not known yet."""
         pace = f"{self.audio_s / elapsed_s:.1f}" if self.done and elapsed_s > 0 else "-"
         left = self.left_s(elapsed_s)
         said = [
             f"{self.kept + self.done} of {self.kept + self.pieces} pieces",
-            f"{pace} s of sound a second",
             f"{'-' if left is None else clock(left)} left",
+            f"{pace} s of sound a second",
         ]
         if self.retries:
             said.append("1 retry" if self.retries == 1 else f"{self.retries} retries")

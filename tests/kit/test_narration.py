@@ -124,14 +124,14 @@ def tallied(*pieces: tuple[int, float, str]) -> Tally:
 
 
 def test_progress_is_a_dash_until_something_is_known() -> None:
-    assert tallied().line(2.0) == "3 of 13 pieces, - s of sound a second, - left"
+    assert tallied().line(2.0) == "3 of 13 pieces, - left, - s of sound a second"
 
 
 def test_progress_reckons_by_characters() -> None:
     counts = tallied((100, 8.0, "gpu0"), (150, 12.0, "gpu1"))
     counts.retries = 1
 
-    assert counts.line(5.0) == "5 of 13 pieces, 4.0 s of sound a second, 0:15 left, 1 retry"
+    assert counts.line(5.0) == "5 of 13 pieces, 0:15 left, 4.0 s of sound a second, 1 retry"
 
 
 def test_the_last_line_says_how_long_how_fast_and_who_spoke() -> None:

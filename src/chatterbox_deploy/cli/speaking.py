@@ -35,7 +35,7 @@ class _Line(ProgressColumn):
         self._tally = tally
 
     def render(self, task: Task) -> Text:
-        return Text(self._tally.line(task.elapsed or 0.0))
+        return Text(self._tally.line(task.elapsed or 0.0), no_wrap=True, overflow="ellipsis")
 
 
 class _Watch:
@@ -44,12 +44,12 @@ class _Watch:
     def __init__(self, counts: Tally, progress: Progress) -> None:
         self._counts = counts
         self._progress = progress
-        self._task = progress.add_task("", total=counts.characters)
+        self._task = progress.add_task("", total=counts.kept + counts.pieces, completed=counts.kept)
         self._told: set[str] = set()
 
     def spoken(self, take: Take, sound: Sound, instance: str) -> None:
         self._counts.spoken(len(take.text), sound.samples / sound.sample_rate_hz, instance)
-        self._progress.update(self._task, completed=self._counts.done_characters)
+        self._progress.update(self._task, completed=self._counts.kept + self._counts.done)
 
     def again(self, take: Take, reason: str, wait_s: float) -> None:  # noqa: ARG002  as speak.Tell
         self._counts.retries += 1
@@ -82,7 +82,7 @@ class Show:
 
     def _bar(self, says: ProgressColumn) -> Progress:
         live = self._console.is_terminal
-        return Progress(BarColumn(bar_width=24), says, console=self._console, transient=True, disable=not live)
+        return Progress(BarColumn(bar_width=16), says, console=self._console, transient=True, disable=not live)
 
 
 def outline(manuscript: Manuscript, untitled: str) -> str:
