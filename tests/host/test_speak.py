@@ -17,6 +17,7 @@ import pytest
 
 from host import fixed_time_server
 from kit.test_up import Up, free_ports, processes_on
+from support import certificates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,6 +206,34 @@ def test_an_instance_that_dies_costs_nothing(job: list[str], fixed: Fleet, tmp_p
 
     assert running.wait(timeout=60) == 0
     assert heard(tmp_path / "book.flac") == whole_book()
+
+
+def test_through_a_front_with_tls_a_name_and_keys(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "fullchain.pem", tmp_path / "privkey.pem"
+    certificates.self_signed(certificate, key, "tts.example")
+    (tmp_path / "keys").write_text('"~^Bearer secret$" alice;\n')
+    (tmp_path / "key").write_text("secret\n")
+    (tmp_path / "book.txt").write_text("Hello.")
+    ports = free_ports(2)
+    front = f'tls_certificate = "{certificate}"\ntls_key = "{key}"\nserver_name = "tts.example"\n'
+    front += f'api_keys_file = "{tmp_path}/keys"\n'
+    argv = [sys.executable, fixed_time_server.__file__, "--port", "{port}", "--seconds", "0.01"]
+    written = toml(ports, f"command = {json.dumps(argv)}").replace("[nginx]\n", f"[nginx]\n{front}")
+    fleet = Fleet(tmp_path / "fleet.toml", tmp_path / "journal", ports)
+    fleet.file.write_text(written)
+    running = Up(fleet.file)
+    try:
+        running.wait_for("^ready")
+        job = command(fleet, tmp_path / "book.txt", tmp_path / "book.flac")
+        shut_out = speak(job)
+        let_in = speak(job, "--api-key-file", str(tmp_path / "key"))
+    finally:
+        running.end()
+
+    assert shut_out.returncode == 3
+    assert "give an API key: --api-key-file FILE, or $CHATTERBOX_API_KEY" in shut_out.stderr
+    assert let_in.returncode == 0, let_in.stderr
+    assert heard(tmp_path / "book.flac") == fixed_time_server.pcm("Hello.")
 
 
 @NEEDS_ESPEAK
