@@ -55,6 +55,12 @@ class CaptureError(DeployError):
         super().__init__(f"cannot read {source}: {how}; it has to be what `nvidia-smi -q -x` printed, whole")
 
 
+class ManuscriptError(DeployError):
+    """What is to be spoken is no text, or there is nothing in it to say."""
+
+    exit_code = 2
+
+
 class ForeignFile(DeployError):
     """A file that we did not write stands where we would write."""
 

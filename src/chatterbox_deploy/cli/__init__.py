@@ -21,6 +21,7 @@ from chatterbox_deploy.cli.rollback import history_command, rollback_command
 from chatterbox_deploy.cli.rollout import rollout_command
 from chatterbox_deploy.cli.schema import schema_command
 from chatterbox_deploy.cli.service import restart_command, start_command, stop_command
+from chatterbox_deploy.cli.speak import speak_command
 from chatterbox_deploy.cli.status import status_command
 from chatterbox_deploy.cli.uninstall import uninstall_command
 from chatterbox_deploy.cli.up import up_command
@@ -87,5 +88,6 @@ main.add_command(start_command)
 main.add_command(stop_command)
 main.add_command(restart_command)
 main.add_command(report_command)
+main.add_command(speak_command)
 main.add_command(advise_command)
 main.add_command(schema_command)
