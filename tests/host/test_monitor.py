@@ -150,8 +150,9 @@ class Terminal:
 
     def __init__(self, directory: Path) -> None:
         self._tmux = ["tmux", "-S", str(directory / "socket"), "-f", "/dev/null"]
-        # Without the colours and the width of whoever runs the tests.
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        # Without the colours of whoever runs the tests, and with a size that some shells export and never renew.
+        environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        environment |= {"COLUMNS": "80", "LINES": "24"}
         subprocess.run(
             [*self._tmux, "new-session", "-d", "-x", "120", "-y", "30", "bash --norc --noprofile"],
             check=True,

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, Group
+from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
 from chatterbox_deploy import exposition, monitor, nvml
@@ -113,7 +113,7 @@ def monitor_command(
             _print(session.story, console, as_json=as_json, live=False)
             if not picture.well:
                 raise SystemExit(1)
-        elif as_json or not console.is_terminal:
+        elif as_json or not sys.stdout.isatty():  # which FORCE_COLOR makes no pipe
             quiet = not as_json and bool(session.outputs)
             for _ in session.steadily(time.sleep):
                 if quiet:
@@ -259,7 +259,8 @@ def _live(session: _Session, console: Console) -> None:
     """On the whole screen, until somebody types q; drawn anew as the terminal's size changes."""
 
     def drawn() -> Group:
-        size = console.size
+        # As it is now: where a shell exports COLUMNS and LINES (resize(1) does), rich would believe them for ever.
+        console.size = size = ConsoleDimensions(*os.get_terminal_size(console.file.fileno()))
         return Group(*monitor_view.lines(session.story, width=size.width, height=size.height, plain=_is_plain(console)))
 
     with (
