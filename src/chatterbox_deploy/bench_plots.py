@@ -1,0 +1,168 @@
+"""Draw a benchmark: SVG, PNG, or an HTML page that needs nothing else. Needs the ``plots`` extra; writes no file."""
+
+from __future__ import annotations
+
+import html
+import io
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure as Canvas
+
+from chatterbox_deploy import benchmarks, comparison, rate_search
+from chatterbox_deploy.benchmarks import AUDIO, FIGURES, REQUESTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from chatterbox_deploy.loads import Run, Search, Trial
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+th, td {{ padding: .15rem 1rem .15rem 0; text-align: right; border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+svg {{ max-width: 100%; height: auto; }}
+code {{ background: #f3f3f3; padding: .1rem .3rem; }}
+</style>
+<h1>{title}</h1>
+<p><code>{command}</code><br>{began}, {machine}</p>
+{body}
+{drawing}
+</html>
+"""
+
+
+def draw(run: Run, suffix: str) -> bytes:
+    """The bytes of a file whose name ends in ``suffix``: .svg, .png or .html."""
+    if suffix == ".html":
+        return _page(run).encode()
+    buffer = io.BytesIO()
+    # Without a date, the same run gives the same bytes.
+    _canvas(run).savefig(buffer, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    return buffer.getvalue()
+
+
+def _canvas(run: Run) -> Canvas:
+    several = len(run.trials) > 1
+    canvas = Canvas(figsize=(11, 7.5), layout="constrained")
+    (top_left, top_right), (low_left, low_right) = canvas.subplots(2, 2)
+    if run.search is not None:
+        _search(top_left, run.search)
+    elif several and comparison.scaling(run.trials):
+        _scaling(top_left, run.trials)
+    else:
+        _moments(top_left, run.trials[-1])
+    _distribution(top_right, run.trials)
+    _throughput(low_left, run.trials)
+    _shares(low_right, run.trials[-1])
+    canvas.suptitle(f"{run.machine}; {run.began}{'; partial' if run.partial else ''}", fontsize=9)
+    return canvas
+
+
+def _moments(axes: Axes, trial: Trial) -> None:
+    """Every request of every repetition: when it was due, and how long it took."""
+    for number, repetition in enumerate(trial.repetitions):
+        good = [sample for sample in repetition.samples if sample.failure is None]
+        axes.plot(
+            [sample.due_s for sample in good], [sample.latency_s for sample in good], ".",
+            markersize=3, color=f"C{number}",
+        )  # fmt: skip
+        bad = [sample for sample in repetition.samples if sample.failure is not None]
+        axes.plot([sample.due_s for sample in bad], [sample.done_s - sample.due_s for sample in bad], "x", color="red")
+    axes.axvspan(-trial.load.warmup_s, 0, color="0.93")
+    axes.set(title="Latency of each request (x: failed; grey: warm-up)", xlabel="due, s", ylabel="s")
+    axes.set_ylim(bottom=0)
+
+
+def _distribution(axes: Axes, trials: tuple[Trial, ...]) -> None:
+    """Share of all requests that had their last byte, or their first, by a time; failures never have."""
+    for number, trial in enumerate(trials):
+        measured = [sample for repetition in trial.repetitions for sample in repetition.measured]
+        for times, style in (
+            (sorted(sample.latency_s for sample in measured), "-"),
+            (sorted(sample.to_first_byte_s for sample in measured), ":"),
+        ):
+            known = [time_s for time_s in times if time_s != float("inf")]
+            share = [(place + 1) / len(times) for place in range(len(known))]
+            axes.step(
+                known, share, style, color=f"C{number}", where="post", label=trial.label if style == "-" else None
+            )
+    axes.set(title="Answered by then (dotted: first byte)", xlabel="s since due", ylim=(0, 1.02))
+    axes.legend(fontsize=8)
+
+
+def _throughput(axes: Axes, trials: tuple[Trial, ...]) -> None:
+    figure = AUDIO if all(benchmarks.values(trial, AUDIO) for trial in trials) else REQUESTS
+    for number, trial in enumerate(trials):
+        found = benchmarks.estimate(trial, figure)
+        if found is not None:
+            axes.bar(trial.label, found.value, yerr=found.half_width, capsize=4, color=f"C{number}")
+    axes.set(title="Sound made, s per s" if figure is AUDIO else "Requests answered, per s")
+    axes.tick_params(axis="x", rotation=20, labelsize=8)
+
+
+def _shares(axes: Axes, trial: Trial) -> None:
+    rows = benchmarks.shares(trial)
+    axes.bar([row.instance for row in rows], [row.share * 100 for row in rows])
+    axes.set(title=f"Share of requests, {trial.label}", ylabel="%")
+    axes.tick_params(axis="x", rotation=20, labelsize=8)
+
+
+def _scaling(axes: Axes, trials: tuple[Trial, ...]) -> None:
+    rows = comparison.scaling(trials)
+    many = [row.units for row in rows]
+    axes.plot(many, many, "--", color="0.6", label="ideal")
+    axes.errorbar(
+        many, [row.times.value for row in rows], yerr=[row.times.half_width or 0.0 for row in rows],
+        marker="o", capsize=4,
+    )  # fmt: skip
+    axes.set(title="Times the first", xlabel="times as many", xticks=many)
+    axes.legend(fontsize=8)
+
+
+def _search(axes: Axes, search: Search) -> None:
+    for tried in search.tried:
+        late = rate_search.verdict(tried, search.target).late
+        low, high = late.low or 0.0, late.high or 0.0
+        axes.errorbar(
+            tried.rate_per_s, late.value * 100, yerr=[[(late.value - low) * 100], [(high - late.value) * 100]],
+            marker="o", capsize=4, color="C0",
+        )  # fmt: skip
+    axes.axhline((1 - search.target.quantile) * 100, linestyle="--", color="red")
+    axes.set(title=str(search.target), xlabel="requests/s", ylabel="late, %")
+
+
+def _page(run: Run) -> str:
+    buffer = io.StringIO()
+    _canvas(run).savefig(buffer, format="svg", metadata={"Date": None})
+    drawing = buffer.getvalue()
+    parts = []
+    sentence = comparison.speed_up(run.trials) if run.search is None else rate_search.sentence(run.search)
+    if sentence is not None:
+        parts.append(f"<p><strong>{html.escape(sentence)}</strong></p>")
+    if run.partial:
+        parts.append("<p>Partial: it was stopped.</p>")
+    for trial in run.trials:
+        parts += [f"<h2>{html.escape(trial.label)}</h2>", _table(trial)]
+        parts += [f"<p>Note: {html.escape(note)}.</p>" for note in benchmarks.notes(trial)]
+    return _PAGE.format(
+        title="chatterbox-deploy bench",
+        command=html.escape(run.command),
+        began=html.escape(run.began),
+        machine=html.escape(run.machine),
+        body="\n".join(parts),
+        drawing=drawing[drawing.index("<svg") :],
+    )
+
+
+def _table(trial: Trial) -> str:
+    rows = ["<table><tr><th>figure<th>mean<th>95 %<th>unit"]
+    for figure in FIGURES:
+        found = benchmarks.estimate(trial, figure)
+        if found is None:
+            continue
+        value = benchmarks.number(found.value, figure.unit)
+        rows.append(f"<tr><td>{figure.title}<td>{value}<td>{benchmarks.interval(found, figure.unit)}<td>{figure.unit}")
+    return "".join([*rows, "</table>"])

@@ -1,0 +1,218 @@
+"""Carry out a benchmark for the command line: the loop, its signals, its progress bar, its files."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from chatterbox_deploy import __version__, asking, bench, loads, nvml, rate_search, seeking
+from chatterbox_deploy.bench import Bench, Stop
+from chatterbox_deploy.benchmarks import number
+from chatterbox_deploy.errors import CommandFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from chatterbox_deploy.aims import Aim
+    from chatterbox_deploy.loads import Load, Run, Sample, Search, Target, Tried
+
+
+def run(
+    trials: Sequence[tuple[Aim, Load]],
+    texts: Sequence[str],
+    *,
+    api_key: str | None,
+    target: Target | None,
+    tolerance: float,
+) -> Run:
+    """Measure; what somebody stopped is marked so.
+
+    Raises:
+        CommandFailed: not everybody speaks, or the fleet answers nothing.
+    """
+    bench.allow_many_connections()
+    return asyncio.run(_run(trials, texts, api_key=api_key, target=target, tolerance=tolerance))
+
+
+async def _run(
+    trials: Sequence[tuple[Aim, Load]],
+    texts: Sequence[str],
+    *,
+    api_key: str | None,
+    target: Target | None,
+    tolerance: float,
+) -> Run:
+    began = datetime.now(UTC)
+    done: list[loads.Trial] = []
+    search: Search | None = None
+    with _stopped_by_signals() as stop, _Bar() as bar:
+        async with asking.open_session(api_key) as session:
+            settled = [(await bench.settle(session, aim), load) for aim, load in trials]
+            doors = dict.fromkeys(door for aim, _ in settled for door in aim.doors)
+            probes = await bench.probe(session, doors, trials[0][1])
+            measuring = Bench(session, texts, bar, stop)
+            if target is not None:
+                aim, load = settled[0]
+                found, search = await seeking.highest_rate(
+                    measuring, aim, load, target, tolerance=tolerance, tell=bar.tried
+                )
+                done += found
+            else:
+                for aim, load in settled:
+                    trial = await measuring.trial(aim, load)
+                    done += [trial] if trial.repetitions else []
+        partial = stop.asked.is_set()
+    return loads.Run(
+        format=1,
+        version=__version__,
+        command=shlex.join(["chatterbox-deploy", *_without_key(sys.argv[1:])]),
+        began=began.isoformat(timespec="seconds"),
+        machine=_machine(),
+        cores=os.cpu_count() or 1,
+        probes=probes,
+        partial=partial,
+        trials=tuple(done),
+        search=search,
+    )
+
+
+def _without_key(argv: Sequence[str]) -> list[str]:
+    """A key does not belong in a file."""
+    kept = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        kept.append("…" if before == "--api-key" else "--api-key=…" if word.startswith("--api-key=") else word)
+    return kept
+
+
+def _machine() -> str:
+    model = next(
+        (line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine()
+    )
+    names = [card.name for card in nvml.read(watch_s=0.0) or ()]
+    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{model}, {os.cpu_count()} cores{f', {gpus}' if gpus else ', no GPU'}"
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM: once asks, twice insists."""
+    stop = Stop(asyncio.Event(), asyncio.Event())
+    loop = asyncio.get_running_loop()
+
+    def signalled() -> None:
+        if stop.asked.is_set():
+            stop.insisted.set()
+        else:
+            stop.asked.set()
+            click.echo("stopping: waiting for what was sent; Ctrl-C again drops it", err=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for each in numbers:
+        loop.add_signal_handler(each, signalled)
+    try:
+        yield stop
+    finally:
+        for each in numbers:
+            loop.remove_signal_handler(each)
+
+
+class _Bar:
+    """Progress on standard error: a bar on a terminal, else a line for each repetition."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[said]}"),
+            console=self._console, refresh_per_second=4, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=1.0, said="")
+
+    def __enter__(self) -> _Bar:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def begins(self, label: str, number: int, of: int, length_s: float) -> None:
+        title = f"{label}, {number} of {of}"
+        if self._console.is_terminal:
+            self._progress.reset(self._task, total=length_s, description=title, said="")
+        else:
+            click.echo(f"{title}: {length_s:g} s", err=True)
+
+    def ticks(self, passed_s: float, samples: Sequence[Sample], in_flight: int) -> None:
+        if not self._console.is_terminal:
+            return
+        failed = sum(sample.failure is not None for sample in samples)
+        audio_s = sum(sample.audio_s or 0.0 for sample in samples)
+        said = f"{len(samples) - failed} answered, {failed} failed, {in_flight} out, {number(audio_s)} s of sound"
+        self._progress.update(self._task, completed=passed_s, said=said)
+
+    def tried(self, tried: Tried, target: Target) -> None:
+        found = rate_search.verdict(tried, target)
+        self._console.print(
+            f"{tried.rate_per_s:.3g} requests/s: {found.late.value * 100:.1f} % late of {sum(tried.of)}: {found.says}"
+        )
+
+
+def write(path: Path, text: str | bytes) -> None:
+    """The whole file or none of it.
+
+    Raises:
+        CommandFailed: it cannot be written.
+    """
+    content = text.encode() if isinstance(text, str) else text
+    new = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.", delete=False) as file:
+            new = Path(file.name)
+            file.write(content)
+        new.chmod(0o666 & ~_umask())
+        new.replace(path)
+    except OSError as error:
+        if new is not None:
+            new.unlink(missing_ok=True)
+        msg = f"cannot write {path}: {(error.strerror or str(error)).lower()}"
+        raise CommandFailed(msg) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def can_plot() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(run: Run, path: Path) -> None:
+    """Draw ``run`` as the name of ``path`` says."""
+    # Takes a second to import, and is an extra.
+    from chatterbox_deploy import bench_plots  # noqa: PLC0415
+
+    write(path, bench_plots.draw(run, path.suffix))
