@@ -108,6 +108,13 @@ def test_who_waits_behind_a_slow_answer_is_counted_from_when_it_was_due() -> Non
     assert 1 <= sum(sample.latency_s > 0.4 for sample in closed.repetitions[0].measured) < len(slow) / 2
 
 
+def test_an_open_loop_waits_for_no_answer() -> None:
+    trial = measure(changed(concurrency=None, rate_per_s=40.0), Speaker(service_s=0.1))
+    first, *others = trial.repetitions[0].samples
+
+    assert sum(sample.sent_s < first.done_s for sample in others) >= 2
+
+
 @pytest.mark.parametrize(
     ("fault", "failure"),
     [("busy", "503"), ("key", "401"), ("empty", "no sound"), ("text", "no sound"), ("cut short", "cut short")],

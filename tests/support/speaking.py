@@ -45,8 +45,6 @@ class Speaker:
                 return web.Response(body=b"")
             case "text":
                 return web.Response(text="hello")
-            case "slow first" if len(self.heard) == 2:
-                await asyncio.sleep(0.4)
         async with self._turn:
             await asyncio.sleep(self.service_s)
         headers = {"X-Queue-Wait": "0.125"} | ({} if self.name is None else {"X-Instance": self.name})
