@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import PercentFormatter
 
 from chatterbox_deploy import benchmarks, comparison, rate_search
 from chatterbox_deploy.benchmarks import AUDIO, FIGURES, REQUESTS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from chatterbox_deploy.loads import Run, Search, Trial
+    from chatterbox_deploy.stats import Estimate
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -45,20 +47,35 @@ def draw(run: Run, suffix: str) -> bytes:
 
 
 def _canvas(run: Run) -> Canvas:
-    several = len(run.trials) > 1
     canvas = Canvas(figsize=(11, 7.5), layout="constrained")
     (top_left, top_right), (low_left, low_right) = canvas.subplots(2, 2)
+    trials = run.trials
     if run.search is not None:
         _search(top_left, run.search)
-    elif several and comparison.scaling(run.trials):
-        _scaling(top_left, run.trials)
+        trials = _ends(run.search, trials)
+    elif comparison.scaling(trials):
+        _scaling(top_left, trials)
     else:
-        _moments(top_left, run.trials[-1])
-    _distribution(top_right, run.trials)
-    _throughput(low_left, run.trials)
-    _shares(low_right, run.trials[-1])
+        _moments(top_left, trials[-1])
+    _distribution(top_right, trials)
+    _throughput(low_left, trials)
+    _shares(low_right, trials[-1])
     canvas.suptitle(f"{run.machine}; {run.began}{'; partial' if run.partial else ''}", fontsize=9)
     return canvas
+
+
+def _ends(search: Search, trials: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """What a search ended with, the rate that held and the one that missed; else the closed loop that it began with."""
+    found = rate_search.answer(search)
+    rates = [rate for rate in (found.held_per_s, found.missed_per_s) if rate is not None]
+    ends = [trial for trial in trials if trial.load.rate_per_s in rates]
+    return tuple(sorted(ends, key=lambda trial: trial.load.rate_per_s or 0.0)) or trials[:1]
+
+
+def _reach(found: Estimate) -> list[list[float]]:
+    """Matplotlib's error bar: below, above."""
+    low, high = (found.value if end is None else end for end in (found.low, found.high))
+    return [[max(0.0, found.value - low)], [max(0.0, high - found.value)]]
 
 
 def _moments(axes: Axes, trial: Trial) -> None:
@@ -98,7 +115,7 @@ def _throughput(axes: Axes, trials: tuple[Trial, ...]) -> None:
     for number, trial in enumerate(trials):
         found = benchmarks.estimate(trial, figure)
         if found is not None:
-            axes.bar(trial.label, found.value, yerr=found.half_width, capsize=4, color=f"C{number}")
+            axes.bar(trial.label, found.value, yerr=_reach(found), capsize=4, color=f"C{number}")
     axes.set(title="Sound made, s per s" if figure is AUDIO else "Requests answered, per s")
     axes.tick_params(axis="x", rotation=20, labelsize=8)
 
@@ -114,10 +131,8 @@ def _scaling(axes: Axes, trials: tuple[Trial, ...]) -> None:
     rows = comparison.scaling(trials)
     many = [row.units for row in rows]
     axes.plot(many, many, "--", color="0.6", label="ideal")
-    axes.errorbar(
-        many, [row.times.value for row in rows], yerr=[row.times.half_width or 0.0 for row in rows],
-        marker="o", capsize=4,
-    )  # fmt: skip
+    for row in rows:
+        axes.errorbar(row.units, row.times.value, yerr=_reach(row.times), marker="o", capsize=4, color="C0")
     axes.set(title="Times the first", xlabel="times as many", xticks=many)
     axes.legend(fontsize=8)
 
@@ -125,13 +140,10 @@ def _scaling(axes: Axes, trials: tuple[Trial, ...]) -> None:
 def _search(axes: Axes, search: Search) -> None:
     for tried in search.tried:
         late = rate_search.verdict(tried, search.target).late
-        low, high = late.low or 0.0, late.high or 0.0
-        axes.errorbar(
-            tried.rate_per_s, late.value * 100, yerr=[[(late.value - low) * 100], [(high - late.value) * 100]],
-            marker="o", capsize=4, color="C0",
-        )  # fmt: skip
-    axes.axhline((1 - search.target.quantile) * 100, linestyle="--", color="red")
-    axes.set(title=str(search.target), xlabel="requests/s", ylabel="late, %")
+        axes.errorbar(tried.rate_per_s, late.value, yerr=_reach(late), marker="o", capsize=4, color="C0")
+    axes.axhline(1 - search.target.quantile, linestyle="--", color="red")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(title=str(search.target), xlabel="requests/s", ylabel="late")
 
 
 def _page(run: Run) -> str:

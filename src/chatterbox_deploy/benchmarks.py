@@ -176,6 +176,16 @@ FIGURES = (
 """In the order of the table."""
 
 
+STREAMED = ("stalled_share", "stalled_mean_s", "longest_gap_s")
+"""Asked about only where the sound was meant to stream."""
+
+
+def shown(*trials: Trial) -> tuple[Figure, ...]:
+    """Those of FIGURES that are worth a line."""
+    streams = any(trial.load.stream for trial in trials)
+    return tuple(figure for figure in FIGURES if streams or figure.name not in STREAMED)
+
+
 def values(trial: Trial, figure: Figure) -> tuple[float, ...]:
     """``figure`` of each repetition; empty where it is unknown of one."""
     found = [figure.of(repetition) for repetition in trial.repetitions]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import stats
-from chatterbox_deploy.benchmarks import AUDIO, FIGURES, REQUESTS, Figure, values
+from chatterbox_deploy.benchmarks import AUDIO, REQUESTS, Figure, shown, values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,12 +43,14 @@ class Compared:
 
     @property
     def says(self) -> str:
-        """Whether the two differ by more than their spread explains."""
+        """Whether the two differ by more than their spread explains; "unclear" where the interval holds 1."""
         ratio = self.ratio
+        if self.before is not None and self.after is not None and self.before.value == self.after.value == 0:
+            return "both 0"
         if ratio is None or ratio.low is None or ratio.high is None:
             return "unknown"
         if ratio.low <= 1 <= ratio.high:
-            return "no difference seen"
+            return "unclear"
         if not self.figure.better:
             return "more" if ratio.value > 1 else "less"
         return "better" if (ratio.value > 1) == (self.figure.better == "more") else "worse"
@@ -96,7 +98,7 @@ def compare(before: Run, after: Run) -> tuple[Compared, ...]:
     rows = []
     for one, other in matched(before, after):
         label = one.label if one.label == other.label else f"{one.label} → {other.label}"
-        for figure in FIGURES:
+        for figure in shown(one, other):
             first, second = values(one, figure), values(other, figure)
             if first or second:
                 rows.append(Compared(label, figure, stats.mean(first), stats.mean(second), stats.ratio(second, first)))

@@ -48,10 +48,17 @@ async def highest_rate(
         trial = await bench.trial(aim, replace(load, concurrency=None, rate_per_s=rate, seed=load.seed + done))
         if len(trial.repetitions) < load.repetitions:
             break
-        trials.append(replace(trial, label=f"{rate:.3g} requests/s"))
+        trials = _merged(trials, replace(trial, label=f"{rate:.3g} requests/s"))
         search = replace(search, tried=rate_search.merge(search.tried, _tried(trial, rate, target)))
         tell(search.tried[-1], target)
     return tuple(trials), search
+
+
+def _merged(trials: list[Trial], new: Trial) -> list[Trial]:
+    """With ``new`` behind; of the same rate as the last one, as more repetitions of it."""
+    if trials[-1].label != new.label:
+        return [*trials, new]
+    return [*trials[:-1], replace(trials[-1], repetitions=(*trials[-1].repetitions, *new.repetitions))]
 
 
 def _tried(trial: Trial, rate_per_s: float, target: Target) -> Tried:

@@ -174,8 +174,8 @@ def test_two_runs_compare_as_ratios() -> None:
     assert sound.ratio.value == pytest.approx(2.0, rel=0.01)
     assert sound.says == "better"
     assert rows["latency_mean_s"].says == "better"
-    assert rows["failed_share"].says == "unknown", "0 of both"
-    assert {row.says for row in comparison.compare(before, before) if row.ratio is not None} == {"no difference seen"}
+    assert rows["failed_share"].says == "both 0"
+    assert {row.says for row in comparison.compare(before, before) if row.ratio is not None} == {"unclear"}
 
 
 def test_what_else_differs_between_two_runs_is_said() -> None:

@@ -208,8 +208,10 @@ def compare_command(*, before: Path, after: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(bench_tables.compared_as_json(rows), indent=2))
         return
-    click.echo(f"A: {before}, {runs[0].began}, {runs[0].machine}\nB: {after}, {runs[1].began}, {runs[1].machine}\n")
-    _print(bench_tables.compared(rows))
+    click.echo(f"A: {before}, {runs[0].began}, {runs[0].machine}\nB: {after}, {runs[1].began}, {runs[1].machine}")
+    for label in dict.fromkeys(row.label for row in rows):
+        click.echo(f"\n{label}")
+        _print(bench_tables.compared([row for row in rows if row.label == label]))
     if (told := comparison.gain(runs[0], runs[1])) is not None:
         click.echo(f"\n{told}")
 
@@ -255,7 +257,13 @@ def _show(run: Run, *, as_json: bool, plots: Sequence[Path]) -> None:
         return
     if len(run.trials) > 1:
         click.echo(f"{bench_tables.heading(run.trials[-1])}\n")
-        _print(bench_tables.side_by_side(run.trials, scaled=comparison.speed_up(run.trials) is not None))
+        scaled = comparison.speed_up(run.trials) is not None
+        _print(
+            *(
+                bench_tables.side_by_side(run.trials, scaled=scaled, count=count)
+                for count in range(len(bench_tables.SIDE_BY_SIDE), 0, -1)
+            )
+        )
         for trial in run.trials:
             _notes(trial.label, benchmarks.notes(trial))
     else:
@@ -281,9 +289,13 @@ def _notes(label: str | None, notes: Sequence[str]) -> None:
         click.echo(f"note: {'' if label is None else f'{label}: '}{note}", err=True)
 
 
-def _print(table: Table) -> None:
+def _print(*tables: Table) -> None:
+    """The first that fits, or the last."""
     console = Console()
     if not console.is_terminal:
         # A pipe: lines may be as long as they need.
         console.width = max(200, console.width)
-    console.print(table)
+    # Else it would be told that everything fits, by being cut.
+    unbounded = console.options.update_width(10_000)
+    fitting = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
+    console.print(next(fitting, tables[-1]))

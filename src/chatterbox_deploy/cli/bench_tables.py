@@ -12,15 +12,17 @@ from chatterbox_deploy.benchmarks import FIGURES, interval, number
 from chatterbox_deploy.capacity import gigabytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-    from chatterbox_deploy.benchmarks import Figure
     from chatterbox_deploy.comparison import Compared
     from chatterbox_deploy.loads import CardUse, Load, Run, Search, Trial
     from chatterbox_deploy.stats import Estimate
 
-_SIDE_BY_SIDE = ("requests_per_s", "audio_s_per_s", "latency_p50_s", "latency_p95_s", "first_byte_p50_s",
-                 "first_byte_p95_s", "wait_mean_s", "failed_share")  # fmt: skip
+SIDE_BY_SIDE = (
+    "audio_s_per_s", "latency_p95_s", "first_byte_p95_s", "failed_share", "requests_per_s", "latency_p50_s",
+    "wait_mean_s", "first_byte_p50_s",
+)  # fmt: skip
+"""Figures of several trials in one table, the most telling first."""
 
 
 def heading(trial: Trial) -> str:
@@ -52,18 +54,10 @@ def _load(load: Load) -> str:
 def figures(trial: Trial) -> Table:
     """Every figure that is known of one trial."""
     table = _table("<", ">mean", ">95 %", "<")
-    for figure in _worth(trial):
+    for figure in benchmarks.shown(trial):
         found = benchmarks.estimate(trial, figure)
         table.add_row(figure.title, _value(found, figure.unit), interval(found, figure.unit), figure.unit)
     return table
-
-
-def _worth(trial: Trial) -> Iterable[Figure]:
-    """Stalls are only asked about where sound is meant to stream."""
-    streams = trial.load.stream
-    return (
-        each for each in FIGURES if streams or each.name not in ("stalled_share", "stalled_mean_s", "longest_gap_s")
-    )
 
 
 def shares(trial: Trial) -> Table:
@@ -106,17 +100,19 @@ def _with(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.0f}{unit}"
 
 
-def side_by_side(trials: Sequence[Trial], *, scaled: bool) -> Table:
-    """Trials as rows, for a glance; ``scaled``: each with how many times the first it is."""
-    chosen = [figure for figure in FIGURES if figure.name in _SIDE_BY_SIDE]
+def side_by_side(trials: Sequence[Trial], *, scaled: bool, count: int) -> Table:
+    """Trials as rows, with the first ``count`` of SIDE_BY_SIDE; ``scaled``: also how many times the first each is."""
+    chosen = [figure for figure in FIGURES if figure.name in SIDE_BY_SIDE[:count]]
     scaling = comparison.scaling(trials) if scaled else ()
-    titles = [f">{figure.title}{f', {figure.unit}' if figure.unit else ''}" for figure in chosen]
-    table = _table("<", *titles[:2], *([">times", ">efficiency"] if scaling else []), *titles[2:], wrap=True)
+    titles = [
+        f">{figure.title.replace(' ', chr(10), 1)}{f', {figure.unit}' if figure.unit else ''}" for figure in chosen
+    ]
+    table = _table("<", *titles, *([">times", ">efficiency"] if scaling else []))
     for place, trial in enumerate(trials):
         cells = [_give_or_take(benchmarks.estimate(trial, figure), figure.unit) for figure in chosen]
         row = scaling[place] if scaling else None
         times = [] if row is None else [_give_or_take(row.times), f"{row.efficiency * 100:.0f} %"]
-        table.add_row(trial.label, *cells[:2], *times, *cells[2:])
+        table.add_row(trial.label, *cells, *times)
     return table
 
 
@@ -126,20 +122,12 @@ def _give_or_take(estimate: Estimate | None, unit: str = "") -> str:
 
 
 def compared(rows: Sequence[Compared]) -> Table:
-    table = _table(
-        "<",
-        "<",
-        ">A",
-        ">B",
-        "<",
-        ">B / A",
-        ">95 %",
-        "<",
-    )
+    """Figures of one trial in two runs."""
+    table = _table("<", ">A", ">B", "<", ">B / A", ">95 %", "<")
     for row in rows:
+        unit = row.figure.unit
         table.add_row(
-            row.label, row.figure.title, _value(row.before, row.figure.unit),
-            _value(row.after, row.figure.unit), row.figure.unit,
+            row.figure.title, _value(row.before, unit), _value(row.after, unit), unit,
             _value(row.ratio), interval(row.ratio), row.says,
         )  # fmt: skip
     return table
@@ -242,9 +230,10 @@ def _value(estimate: Estimate | None, unit: str = "") -> str:
     return number(None if estimate is None else estimate.value, unit)
 
 
-def _table(*columns: str, wrap: bool = False) -> Table:
-    """Each column's title, after ``<`` or ``>`` for its side."""
+def _table(*columns: str) -> Table:
+    """Each column's title, after ``<`` or ``>`` for its side; only the last may be folded."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column[1:], justify="left" if column[0] == "<" else "right", no_wrap=not wrap)
+    for place, column in enumerate(columns):
+        last = place == len(columns) - 1
+        table.add_column(column[1:], justify="left" if column[0] == "<" else "right", no_wrap=not last)
     return table
