@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Literal
 
@@ -222,12 +223,14 @@ class Run:
     search: Search | None
 
 
-_RUN = TypeAdapter(Run)
+@cache
+def _file() -> TypeAdapter[Run]:
+    return TypeAdapter(Run)
 
 
 def to_json(run: Run) -> str:
     """One line for each value would make a megabyte of spaces: compact."""
-    return _RUN.dump_json(run).decode() + "\n"
+    return _file().dump_json(run).decode() + "\n"
 
 
 def from_json(text: str, *, source: str) -> Run:
@@ -237,7 +240,7 @@ def from_json(text: str, *, source: str) -> Run:
         BenchmarkError: with every problem found.
     """
     try:
-        return _RUN.validate_json(text)
+        return _file().validate_json(text)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg'].lower()}" for each in error.errors()

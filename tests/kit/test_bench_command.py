@@ -166,3 +166,9 @@ def test_bad_files_to_compare_are_named_both(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "bad.json: version: field required" in result.stderr
     assert f"cannot read {tmp_path}/none.json: no such file or directory" in result.stderr
+
+
+def test_no_other_command_waits_for_what_bench_imports() -> None:
+    code = "import chatterbox_deploy.cli, sys; print({'aiohttp', 'matplotlib', 'numpy'} & set(sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

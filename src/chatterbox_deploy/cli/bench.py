@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from chatterbox_deploy import benchmarks, comparison, heard, loads, rate_search
-from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, benching, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_files, bench_tables, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 
 if TYPE_CHECKING:
@@ -172,12 +172,15 @@ def run_command(
         texts=asked.texts, audio_format=asked.audio_format or "wav", voice=voice, stream=asked.stream,
         timeout_s=timeout,
     )  # fmt: skip
+    # Every other command would wait a tenth of a second for aiohttp.
+    from chatterbox_deploy.cli import benching  # noqa: PLC0415
+
     run = benching.run(
         [(aim, bench_asked.loaded(load, aim, asked)) for aim in wanted],
         texts, api_key=api_key, target=target, tolerance=tolerance,
     )  # fmt: skip
     if asked.output is not None:
-        benching.write(asked.output, loads.to_json(run))
+        bench_files.write(asked.output, loads.to_json(run))
     _show(run, as_json=as_json, plots=asked.plots)
     if run.partial:
         raise SystemExit(telling.INTERRUPTED)
@@ -241,7 +244,7 @@ def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None
 
 def _show(run: Run, *, as_json: bool, plots: Sequence[Path]) -> None:
     for path in plots:
-        benching.plot(run, path)
+        bench_files.plot(run, path)
     if not run.trials:
         msg = "stopped before anything was measured"
         raise CommandFailed(msg)

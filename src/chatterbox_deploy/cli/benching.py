@@ -1,15 +1,13 @@
-"""Carry out a benchmark for the command line: the loop, its signals, its progress bar, its files."""
+"""Carry out a benchmark for the command line: the loop, its signals, its progress bar."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import platform
 import shlex
 import signal
 import sys
-import tempfile
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +20,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from chatterbox_deploy import __version__, asking, bench, loads, nvml, rate_search, seeking
 from chatterbox_deploy.bench import Bench, Stop
 from chatterbox_deploy.benchmarks import number
-from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -177,42 +174,3 @@ class _Bar:
         self._console.print(
             f"{tried.rate_per_s:.3g} requests/s: {found.late.value * 100:.1f} % late of {sum(tried.of)}: {found.says}"
         )
-
-
-def write(path: Path, text: str | bytes) -> None:
-    """The whole file or none of it.
-
-    Raises:
-        CommandFailed: it cannot be written.
-    """
-    content = text.encode() if isinstance(text, str) else text
-    new = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=f".{path.name}.", delete=False) as file:
-            new = Path(file.name)
-            file.write(content)
-        new.chmod(0o666 & ~_umask())
-        new.replace(path)
-    except OSError as error:
-        if new is not None:
-            new.unlink(missing_ok=True)
-        msg = f"cannot write {path}: {(error.strerror or str(error)).lower()}"
-        raise CommandFailed(msg) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def can_plot() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def plot(run: Run, path: Path) -> None:
-    """Draw ``run`` as the name of ``path`` says."""
-    # Takes a second to import, and is an extra.
-    from chatterbox_deploy import bench_plots  # noqa: PLC0415
-
-    write(path, bench_plots.draw(run, path.suffix))
