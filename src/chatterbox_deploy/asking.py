@@ -83,7 +83,7 @@ class Asker:
             failure = "timed out"
         except aiohttp.ClientConnectorError as error:
             failure = f"cannot connect: {os.strerror(error.errno or 0).lower()}"
-        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionError):
+        except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
             failure = "cut short" if answer.size_bytes else "hung up on"
         except aiohttp.ClientError as error:
             failure = f"cannot ask: {type(error).__name__}"

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -172,3 +173,18 @@ def test_no_other_command_waits_for_what_bench_imports() -> None:
     code = "import chatterbox_deploy.cli, sys; print({'aiohttp', 'matplotlib', 'numpy'} & set(sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_stopped_before_it_began_it_keeps_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        argv = [*KIT, "bench", "--url", url, "-o", "p.json"]
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+            connection, _ = silent.accept()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+            connection.close()
+
+    assert process.returncode == 130
+    assert said.endswith("stopped before anything was measured\n")
+    assert list(tmp_path.iterdir()) == []

@@ -179,9 +179,13 @@ def run_command(
         [(aim, bench_asked.loaded(load, aim, asked)) for aim in wanted],
         texts, api_key=api_key, target=target, tolerance=tolerance,
     )  # fmt: skip
-    if asked.output is not None:
-        bench_files.write(asked.output, loads.to_json(run))
-    _show(run, as_json=as_json, plots=asked.plots)
+    if not run.trials:
+        click.echo("stopped before anything was measured", err=True)
+        raise SystemExit(telling.INTERRUPTED)
+    lost = _keep(run, output=asked.output, plots=asked.plots)
+    _show(run, as_json=as_json)
+    if lost is not None:
+        raise lost
     if run.partial:
         raise SystemExit(telling.INTERRUPTED)
     if target is None and any(benchmarks.failures(trial) for trial in run.trials):
@@ -239,15 +243,26 @@ def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None
     run = bench_asked.saved(saved, problems)
     if problems or run is None:
         raise BenchmarkError(problems)
-    _show(run, as_json=as_json, plots=plots)
-
-
-def _show(run: Run, *, as_json: bool, plots: Sequence[Path]) -> None:
-    for path in plots:
-        bench_files.plot(run, path)
     if not run.trials:
-        msg = "stopped before anything was measured"
-        raise CommandFailed(msg)
+        raise BenchmarkError([f"{saved}: there is no trial in it"])
+    if (lost := _keep(run, output=None, plots=plots)) is not None:
+        raise lost
+    _show(run, as_json=as_json)
+
+
+def _keep(run: Run, *, output: Path | None, plots: Sequence[Path]) -> CommandFailed | None:
+    """Write what is asked for; what could not be written must not take the tables with it."""
+    try:
+        if output is not None:
+            bench_files.write(output, loads.to_json(run))
+        for path in plots:
+            bench_files.plot(run, path)
+    except CommandFailed as error:
+        return error
+    return None
+
+
+def _show(run: Run, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(bench_tables.as_json(run), indent=2))
         return

@@ -11,7 +11,7 @@ import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -22,10 +22,14 @@ from chatterbox_deploy.bench import Bench, Stop
 from chatterbox_deploy.benchmarks import number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Sequence
+
+    import aiohttp
 
     from chatterbox_deploy.aims import Aim
     from chatterbox_deploy.loads import Load, Run, Sample, Search, Target, Tried
+
+T = TypeVar("T")
 
 
 def run(
@@ -58,11 +62,10 @@ async def _run(
     search: Search | None = None
     with _stopped_by_signals() as stop, _Bar() as bar:
         async with asking.open_session(api_key) as session:
-            settled = [(await bench.settle(session, aim), load) for aim, load in trials]
-            doors = dict.fromkeys(door for aim, _ in settled for door in aim.doors)
-            probes = await bench.probe(session, doors, trials[0][1])
+            ready = await _unless(stop, _begin(session, trials))
+            settled, probes = ready or ([], 0)
             measuring = Bench(session, texts, bar, stop)
-            if target is not None:
+            if target is not None and settled:
                 aim, load = settled[0]
                 found, search = await seeking.highest_rate(
                     measuring, aim, load, target, tolerance=tolerance, tell=bar.tried
@@ -85,6 +88,27 @@ async def _run(
         trials=tuple(done),
         search=search,
     )
+
+
+async def _begin(
+    session: aiohttp.ClientSession, trials: Sequence[tuple[Aim, Load]]
+) -> tuple[list[tuple[Aim, Load]], int]:
+    """Everybody speaks: the trials with what is known of their doors, and how many requests that took."""
+    settled = [(await bench.settle(session, aim), load) for aim, load in trials]
+    doors = dict.fromkeys(door for aim, _ in settled for door in aim.doors)
+    return settled, await bench.probe(session, doors, trials[0][1])
+
+
+async def _unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``; ``None`` if somebody stopped it."""
+    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.asked.wait())
+    await asyncio.wait((working, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    return None
 
 
 def _without_key(argv: Sequence[str]) -> list[str]:
