@@ -6,11 +6,12 @@ import html
 import io
 from typing import TYPE_CHECKING
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
 from chatterbox_deploy import benchmarks, comparison, rate_search
-from chatterbox_deploy.benchmarks import AUDIO, FIGURES, REQUESTS
+from chatterbox_deploy.benchmarks import AUDIO, REQUESTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +31,9 @@ code {{ background: #f3f3f3; padding: .1rem .3rem; }}
 </style>
 <h1>{title}</h1>
 <p><code>{command}</code><br>{began}, {machine}</p>
-{body}
+{sentence}
 {drawing}
+{body}
 </html>
 """
 
@@ -40,9 +42,14 @@ def draw(run: Run, suffix: str) -> bytes:
     """The bytes of a file whose name ends in ``suffix``: .svg, .png or .html."""
     if suffix == ".html":
         return _page(run).encode()
+    return _drawn(run, suffix[1:])
+
+
+def _drawn(run: Run, kind: str) -> bytes:
+    """The same bytes for the same run: no date, no random names."""
     buffer = io.BytesIO()
-    # Without a date, the same run gives the same bytes.
-    _canvas(run).savefig(buffer, format=suffix[1:], dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": "bench"}):
+        _canvas(run).savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
 
@@ -147,15 +154,11 @@ def _search(axes: Axes, search: Search) -> None:
 
 
 def _page(run: Run) -> str:
-    buffer = io.StringIO()
-    _canvas(run).savefig(buffer, format="svg", metadata={"Date": None})
-    drawing = buffer.getvalue()
+    drawing = _drawn(run, "svg").decode()
+    said = [] if run.search is None else [rate_search.sentence(run.search)]
+    said += [told] if (told := comparison.speed_up(run.trials)) is not None and run.search is None else []
+    said += ["Partial: it was stopped."] if run.partial else []
     parts = []
-    sentence = comparison.speed_up(run.trials) if run.search is None else rate_search.sentence(run.search)
-    if sentence is not None:
-        parts.append(f"<p><strong>{html.escape(sentence)}</strong></p>")
-    if run.partial:
-        parts.append("<p>Partial: it was stopped.</p>")
     for trial in run.trials:
         parts += [f"<h2>{html.escape(trial.label)}</h2>", _table(trial)]
         parts += [f"<p>Note: {html.escape(note)}.</p>" for note in benchmarks.notes(trial)]
@@ -164,6 +167,7 @@ def _page(run: Run) -> str:
         command=html.escape(run.command),
         began=html.escape(run.began),
         machine=html.escape(run.machine),
+        sentence="".join(f"<p><strong>{html.escape(each)}</strong></p>" for each in said),
         body="\n".join(parts),
         drawing=drawing[drawing.index("<svg") :],
     )
@@ -171,7 +175,7 @@ def _page(run: Run) -> str:
 
 def _table(trial: Trial) -> str:
     rows = ["<table><tr><th>figure<th>mean<th>95 %<th>unit"]
-    for figure in FIGURES:
+    for figure in benchmarks.shown(trial):
         found = benchmarks.estimate(trial, figure)
         if found is None:
             continue

@@ -86,6 +86,9 @@ def test_a_run_is_shown_kept_drawn_shown_again_and_compared(urls: list[str], tmp
     assert shown.exit_code == 0
     assert "sound" in shown.stdout
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.svg").read_text().removeprefix("<?xml").split("<svg")[1] in page, (
+        "the same run, the same bytes"
+    )
 
     compared = command("compare", saved, saved)
     assert compared.exit_code == 0
