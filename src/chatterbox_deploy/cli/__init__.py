@@ -10,6 +10,7 @@ import click
 from chatterbox_deploy import __version__
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.advise import advise_command
+from chatterbox_deploy.cli.bench import bench_command
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
 from chatterbox_deploy.cli.monitor import monitor_command
@@ -89,5 +90,6 @@ main.add_command(stop_command)
 main.add_command(restart_command)
 main.add_command(report_command)
 main.add_command(speak_command)
+main.add_command(bench_command)
 main.add_command(advise_command)
 main.add_command(schema_command)
