@@ -8,6 +8,7 @@ the formulas, and how far they are from the measurements.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy.config import MAX_INSTANCES_PER_GPU
@@ -133,6 +134,15 @@ class Advice:
 PIECES = 10
 
 
+def throughput(profile: Profile, reference: Profile, *, replicas: int, mps: bool, cores: float | None) -> float:
+    """Seconds of sound per second of so many instances on one GPU; ``cores`` is ``None`` where they are no limit."""
+    seen = profile if any(point.replicas > 1 for point in profile.points) else reference
+    # One alone has nobody to share with, and is reckoned as without MPS.
+    demand = _demand(profile, seen, mps=mps and replicas > 1)
+    slowed = 1.0 if cores is None else min(1.0, cores / (replicas * _cores_each(seen)))
+    return rate(demand, replicas) * slowed
+
+
 def advise(
     profile: Profile, reference: Profile, *, memory_bytes: int | None, cores: float, utterance_s: float
 ) -> Advice:
@@ -188,6 +198,7 @@ def _long_text(t3_share: float) -> float:
     return PIECES / (PIECES * slow + fast)
 
 
+@cache
 def _demand(profile: Profile, seen: Profile, *, mps: bool) -> Demand:
     """As fitted; where nobody measured this way of sharing, as the other way, which is the safe side."""
     points = [point for point in seen.points if point.mps == mps]

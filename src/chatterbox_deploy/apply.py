@@ -263,7 +263,7 @@ def _json(answer: Answer | None) -> dict[str, object] | None:
 def _speak(step: Speak, host: Host) -> None:
     headers = {"Content-Type": "application/json"}
     if step.api_keys_file is not None:
-        headers["Authorization"] = f"Bearer {_first_key(PurePosixPath(step.api_keys_file), host)}"
+        headers["Authorization"] = f"Bearer {observe.first_key(host, step.api_keys_file)}"
     answer = host.request(
         "POST",
         f"http://{step.host}:{step.port}/v1/audio/speech",
@@ -280,12 +280,6 @@ def _speak(step: Speak, host: Host) -> None:
     if (loudest := _peak_dbfs(answer.body)) is None or loudest < SILENCE_DBFS:
         msg = f"cannot hear {step.name}: asked for {CANARY!r}, got " + ("no sound" if loudest is None else "silence")
         raise CommandFailed(msg)
-
-
-def _first_key(path: PurePosixPath, host: Host) -> str:
-    content = (host.read_bytes(path) or b"").decode(errors="replace")
-    words = (line.split() for line in content.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-    return next((named[1] for named in words if len(named) == 2), "")
 
 
 def _peak_dbfs(recording: bytes) -> float | None:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SLOWDOWNS = (
+    "sw_power_cap", "hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown",
+    "board_limit", "reliability",
+)  # fmt: skip
+"""Clock event reasons that slow a GPU down against an operator's will, as nvidia-smi names them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
@@ -12,6 +18,8 @@ class Process:
     pid: int
     name: str | None = None
     """Its executable or command line, as far as the teller may see it."""
+    kind: str | None = None
+    """As nvidia-smi says it: ``C`` computes, ``G`` draws, ``M+C`` computes as a client of an MPS daemon."""
     memory_bytes: int | None = None
     """``None`` where the driver does not say (MIG, WSL, another container); never 0 for unknown."""
 
@@ -29,6 +37,8 @@ class Card:
     memory_total_bytes: int | None = None
     memory_used_bytes: int | None = None
     """By all processes, and by the driver."""
+    memory_free_bytes: int | None = None
+    """Less than the rest: the driver keeps some for itself."""
     utilisation_percent: float | None = None
     """Share of the last sample in which any kernel ran: a GPU of tiny kernels reads 100 and is nearly idle."""
     memory_busy_percent: float | None = None
@@ -44,8 +54,7 @@ class Card:
     sm_clock_max_mhz: int | None = None
     memory_clock_mhz: int | None = None
     throttled_by: tuple[str, ...] | None = None
-    """Active clock event reasons that slow it down, as nvidia-smi names them (``sw_power_cap``, ``hw_thermal_slowdown``
-    …); ``gpu_idle`` and what an operator has set are none. Empty: none is active."""
+    """Those of ``SLOWDOWNS`` that are active; ``gpu_idle`` and what an operator has set are none. Empty: none is."""
     processes: tuple[Process, ...] | None = None
     """Empty: none holds memory."""
     mig: bool | None = None

@@ -346,6 +346,26 @@ class UnitConfig(_Strict):
     systemd counts (MemoryCurrent), which includes the cached pages of files that were read, such as the weights."""
 
 
+class MonitoringConfig(_Strict):
+    """``[monitoring]``: files for a Prometheus and a Grafana on this machine. None is written unless it is named."""
+
+    rules_file: AbsolutePath | None = None
+    """Alerts, each with what to type, to be named below rule_files in prometheus.yml."""
+
+    scrape_file: AbsolutePath | None = None
+    """Where the instances' numbers are, to be named below scrape_config_files in prometheus.yml (2.43 and later)."""
+
+    scrape_key_file: AbsolutePath | None = None
+    """File with nothing but a key, which Prometheus shows the instances; with server.api_keys_file."""
+
+    textfile: AbsolutePath | None = None
+    """What a service of the fleet sees of GPUs and front, which no instance can tell, for node_exporter's textfile
+    collector: in the directory that it reads, a name that ends in .prom."""
+
+    dashboard_file: AbsolutePath | None = None
+    """A dashboard for Grafana, in a directory that it provisions dashboards from; its name ends in .json."""
+
+
 class FleetConfig(_Strict):
     """Root of ``fleet.toml``."""
 
@@ -360,6 +380,9 @@ class FleetConfig(_Strict):
 
     unit: UnitConfig = UnitConfig()
     """How systemd runs it."""
+
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """What a Prometheus and a Grafana read."""
 
     def ports(self) -> list[tuple[str, int]]:
         """Every (GPU key, port) of the file, in its order."""
@@ -406,6 +429,7 @@ def conflicts(config: FleetConfig) -> list[str]:
         *_fast_conflicts(config),
         *_memory_conflicts(config),
         *_sharing_conflicts(config),
+        *_monitoring_conflicts(config),
     ]
 
 
@@ -554,6 +578,36 @@ def _sharing_conflicts(config: FleetConfig) -> list[str]:
     if not config.unit.mps and "mps_thread_percentage" in config.unit.model_fields_set:
         return ["unit.mps_thread_percentage: has no meaning with unit.mps = false"]
     return []
+
+
+def _monitoring_conflicts(config: FleetConfig) -> list[str]:
+    given, server = config.monitoring, config.server
+    problems: list[str] = []
+    named: dict[str, str] = {}
+    for key in ("rules_file", "scrape_file", "textfile", "dashboard_file"):
+        path = getattr(given, key)
+        if path is not None and path in named:
+            problems.append(f"monitoring.{key}: {path!r} is already used by monitoring.{named[path]}")
+        named.setdefault(path, key)
+    if given.scrape_file is not None and server.command is not None:
+        problems.append("monitoring.scrape_file: has no meaning with server.command; only our own server has /metrics")
+    if given.scrape_file is not None and server.api_keys_file is not None and given.scrape_key_file is None:
+        problems.append(
+            "monitoring.scrape_file: with server.api_keys_file Prometheus needs a key: give scrape_key_file"
+        )
+    if given.scrape_key_file is not None and (given.scrape_file is None or server.api_keys_file is None):
+        problems.append(
+            "monitoring.scrape_key_file: has no meaning without monitoring.scrape_file and server.api_keys_file"
+        )
+    if given.textfile is not None and not given.textfile.endswith(".prom"):
+        problems.append(
+            f"monitoring.textfile: node_exporter reads files that end in .prom only, got {given.textfile!r}"
+        )
+    if given.dashboard_file is not None and not given.dashboard_file.endswith(".json"):
+        problems.append(
+            f"monitoring.dashboard_file: Grafana reads files that end in .json only, got {given.dashboard_file!r}"
+        )
+    return problems
 
 
 def load(text: str, *, source: str) -> FleetConfig:

@@ -46,6 +46,31 @@ class ProfileError(DeployError):
     exit_code = 2
 
 
+class CaptureError(DeployError):
+    """A file that ought to be what ``nvidia-smi -q -x`` printed is not."""
+
+    exit_code = 2
+
+    def __init__(self, source: str, how: str) -> None:
+        super().__init__(f"cannot read {source}: {how}; it has to be what `nvidia-smi -q -x` printed, whole")
+
+
+class ManuscriptError(DeployError):
+    """What is to be spoken is no text, or there is nothing in it to say."""
+
+    exit_code = 2
+
+
+class BenchmarkError(DeployError):
+    """What is asked of a benchmark, or a file that one left, is wrong; carries every problem found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(problems[0] if len(problems) == 1 else "\n  ".join(["cannot do this:", *problems]))
+
+
 class ForeignFile(DeployError):
     """A file that we did not write stands where we would write."""
 

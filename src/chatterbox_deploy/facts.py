@@ -104,6 +104,9 @@ class HostState:
     timed: bool = False
     """Whether the timer that recycles runs."""
 
+    watched: bool = False
+    """Whether somebody looks, or tries to, for node_exporter."""
+
     listening: frozenset[int] = frozenset()
     """TCP ports on which something listens."""
 

@@ -229,6 +229,26 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class Monitoring:
+    """Files for those who watch; ``None`` is not written."""
+
+    rules_file: str | None = None
+    scrape_file: str | None = None
+    scrape_key_file: str | None = None
+    """Holds a key that is shown to the instances; not ours to write."""
+
+    textfile: str | None = None
+    """Written again and again by somebody who looks."""
+
+    dashboard_file: str | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those that are rendered."""
+        return tuple(path for path in (self.rules_file, self.scrape_file, self.dashboard_file) if path is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """All instances on one host, and their front."""
 
@@ -236,6 +256,7 @@ class Fleet:
     front: Front
     service: Service
     places: Places
+    monitoring: Monitoring = Monitoring()
 
     @property
     def key_files(self) -> tuple[str, ...]:
@@ -304,6 +325,7 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
             recycle_memory_mb=unit.recycle_memory_mb or None,
         ),
         places=places,
+        monitoring=Monitoring(**config.monitoring.model_dump()),
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
 from urllib.parse import urlsplit
 
 from chatterbox_deploy.errors import CommandFailed
@@ -50,11 +50,32 @@ class Answer:
     body: bytes = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a file got since it was read last."""
+
+    inode: int
+    """Tells a file from the one that had its name before."""
+
+    start: int
+    content: bytes
+
+
 class Host(Protocol):
     """A machine that holds a fleet, seen through absolute paths."""
 
     def read_bytes(self, path: PurePosixPath) -> bytes | None:
         """Contents of a regular file, or ``None`` if there is none.
+
+        Raises:
+            CommandFailed: it is there and cannot be read.
+        """
+        ...
+
+    def read_on(self, path: PurePosixPath, ends: Mapping[int, int], *, limit_bytes: int) -> Piece | None:
+        """What was appended to a file since it was read to its end in ``ends``, by inode; ``None`` if there is no file.
+
+        All of it, where it is not among them or became shorter; never more than the last ``limit_bytes``.
 
         Raises:
             CommandFailed: it is there and cannot be read.
@@ -167,17 +188,40 @@ class LocalHost:
 
     def read_bytes(self, path: PurePosixPath) -> bytes | None:
         """See ``Host``."""
+        with self._reading(path) as stream:
+            return None if stream is None else stream.read()
+
+    def read_on(self, path: PurePosixPath, ends: Mapping[int, int], *, limit_bytes: int) -> Piece | None:
+        """See ``Host``."""
+        with self._reading(path) as stream:
+            if stream is None:
+                return None
+            about = os.fstat(stream.fileno())
+            start = ends.get(about.st_ino, 0)
+            start = max(start if start <= about.st_size else 0, about.st_size - limit_bytes)
+            stream.seek(start)
+            return Piece(about.st_ino, start, stream.read(about.st_size - start))
+
+    @contextmanager
+    def _reading(self, path: PurePosixPath) -> Iterator[BinaryIO | None]:
+        """A regular file, opened; ``None`` if there is none."""
         place = self.at(path, followed=True)
         try:
             # Not a FIFO, which would make us wait for a writer, nor the /dev/null of a masked unit.
             if not stat.S_ISREG(place.stat().st_mode):
                 msg = f"cannot read {place}: not a regular file"
                 raise CommandFailed(msg)
-            return place.read_bytes()
+            opened = place.open("rb")
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            yield None
+            return
         except OSError as error:
             raise _failed("read", place, error) from None
+        with opened as stream:
+            try:
+                yield stream
+            except OSError as error:
+                raise _failed("read", place, error) from None
 
     def glob(self, directory: PurePosixPath, pattern: str) -> list[PurePosixPath]:
         """See ``Host``."""

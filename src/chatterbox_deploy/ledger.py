@@ -100,6 +100,11 @@ class Ledger:
     drained: Sequence[str] = ()
     begun: Begun | None = None
 
+    @property
+    def paths(self) -> frozenset[str]:
+        """Of every file that we may have written, wherever the fleet file had it."""
+        return frozenset(self.files) | (frozenset() if self.begun is None else frozenset(self.begun.files))
+
     def wrote(self, path: PurePosixPath, text: str) -> bool | None:
         """Whether a file has a text that we put there; ``None`` where we remember nothing of it."""
         known = {self.files[str(path)]} if str(path) in self.files else set()

@@ -1,10 +1,19 @@
-"""nginx's words: quoting, and who is listed in a front's text. Runs nothing."""
+"""nginx's words: quoting, who is listed in a front's text, and what its access log tells. Runs nothing."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from chatterbox_deploy.fleet import Upstream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _SERVER = re.compile(r"^ *server (\S+):([0-9]+)([^;]*); # ([a-z0-9-]+)(, leaving)?", re.MULTILINE)
 
@@ -34,7 +43,107 @@ def find_ports(front: str) -> frozenset[int]:
     return frozenset(int(port) for port in _LISTEN.findall(front))
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request that the front has answered, as its access log has it."""
+
+    ended: datetime
+    """To the second."""
+
+    status: int
+    instance: str | None
+    """Who was asked last, by the front's own list; ``None`` where nobody was asked."""
+
+    duration_s: float
+    asked: tuple[tuple[str, int | None], ...] = ()
+    """(address, status) of every pass in its order; ``None``: it was cut short before there was one."""
+
+
+# nginx separates those asked in one pass by commas, and passes by colons.
+_PASSES = re.compile(r" : |, ")
+
+
+def parse_request(line: bytes) -> Request | None:
+    """One line of the access log; ``None`` for one that is none of ours, or not whole."""
+    try:
+        said = json.loads(line)
+        asked = [one for one in _PASSES.split(said["tried"]) if one]
+        statuses = [int(one) if one.isdigit() else None for one in _PASSES.split(said["tries"])[: len(asked)]]
+        return Request(
+            ended=datetime.fromisoformat(said["time"]),
+            status=int(said["status"]),
+            instance=said["instance"] or None,
+            duration_s=float(said["duration_s"]),
+            asked=tuple(zip_longest(asked, statuses)),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
 def quote(text: str) -> str:
     """One parameter of a directive. A ``$`` cannot be escaped where nginx knows variables: ``config`` refuses it."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """An upstream in anybody's configuration."""
+
+    path: str
+    name: str
+    ports: tuple[int, ...]
+    least_conn: bool
+    zone: bool
+    """Whether all workers count together."""
+
+
+_COMMENT = re.compile(r"(?m)(?:^|(?<=[\s;{}]))#.*$")
+_BLOCK = re.compile(r"(?<![\w$-])upstream\s+(\S+)\s*\{([^{}]*)\}")
+
+
+def find_blocks(text: str, path: str) -> tuple[Block, ...]:
+    """Every upstream of a configuration file that lists servers by their ports."""
+    found: list[Block] = []
+    for name, inside in _BLOCK.findall(_COMMENT.sub("", text)):
+        directives = [words for line in inside.split(";") if (words := line.split())]
+        addresses = [words[1] for words in directives if words[0] == "server" and len(words) > 1]
+        ports = tuple(int(port) for address in addresses if (port := address.rpartition(":")[2]).isdecimal())
+        names = {words[0] for words in directives}
+        found.append(Block(path, name.strip("\"'"), ports, "least_conn" in names, "zone" in names))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the access log of a front of ours tells of who answered."""
+
+    answered: Mapping[str, int]
+    """Requests that made an instance speak, and that it answered with 200; by instance."""
+
+    first: str
+    last: str
+    """Times of the first and the last of them, as the log has them."""
+
+
+_SPOKEN = re.compile(r"(?:/v1/audio/speech|/synthesize|/synthesize-json)(?:\?|$)")
+
+
+def read_log(log: str) -> Traffic | None:
+    """Lines of ``log_format chatterbox``; what is none of them (the log may begin in the middle of one) does not count.
+
+    ``None`` where no instance answered.
+    """
+    answered: Counter[str] = Counter()
+    times: list[str] = []
+    for line in log.splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(said, dict) or said.get("status") != 200 or not _SPOKEN.match(str(said.get("uri"))):
+            continue
+        if (instance := said.get("instance")) and isinstance(instance, str):
+            answered[instance] += 1
+            times.append(str(said.get("time", "")))
+    return Traffic(dict(answered), times[0], times[-1]) if times else None

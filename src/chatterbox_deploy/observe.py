@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from chatterbox_deploy.render import RenderedFile
 
 
-def files(host: Host, wanted: Iterable[RenderedFile]) -> dict[PurePosixPath, str]:
-    """Text of every file that is wanted, or that has a name we give to files; whoever wrote it."""
+def files(host: Host, wanted: Iterable[RenderedFile], remembered: Iterable[str] = ()) -> dict[PurePosixPath, str]:
+    """Text of every file that is wanted, that has a name we give to files, or that we remember; whoever wrote it."""
     paths = chain(
         (file.path for file in wanted),
+        map(PurePosixPath, remembered),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.service"),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.target"),
         host.glob(render.UNIT_DIR, "chatterbox-tts*.timer"),
@@ -47,7 +48,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
     Raises:
         CommandFailed: systemd does not answer, or a file cannot be read.
     """
-    on_disk = files(host, wanted)
+    on_disk = files(host, wanted, ledger.paths)
     paths = {path.name for path in on_disk if path.parent == render.UNIT_DIR} | {systemd.TARGET, systemd.RECYCLE_TIMER}
     shown = {
         unit["Id"]: unit
@@ -84,6 +85,7 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         enabled=target.get("UnitFileState") == "enabled",
         active=target.get("ActiveState") == "active",
         timed=shown.get(systemd.RECYCLE_TIMER, {}).get("ActiveState") == "active",
+        watched=shown.get(systemd.MONITOR_UNIT, {}).get("ActiveState", "inactive") not in ("inactive", "failed"),
         listening=taken,
         strangers={} if fleet is None else _strangers(host, _front_ports(fleet) & taken, on_disk),
         edited=frozenset(path for path, text in on_disk.items() if ledger.wrote(path, text) is False),
@@ -195,6 +197,17 @@ def _key_digest(host: Host, path: str) -> str | None:
     except CommandFailed:
         return None
     return None if content is None else hashlib.sha256(content).hexdigest()
+
+
+def first_key(host: Host, path: str) -> str:
+    """The first API key in a file of lines ``NAME KEY``; empty if there is none.
+
+    Raises:
+        CommandFailed: it cannot be read.
+    """
+    content = (host.read_bytes(PurePosixPath(path)) or b"").decode(errors="replace")
+    words = (line.split() for line in content.splitlines() if line.strip() and not line.lstrip().startswith("#"))
+    return next((named[1] for named in words if len(named) == 2), "")
 
 
 def listening(host: Host) -> frozenset[int]:

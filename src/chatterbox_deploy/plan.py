@@ -136,7 +136,7 @@ def plan_removal(
     )
     if others:
         steps.append(StopUnits(others))
-    steps += [RemoveFile(path, ours[path]) for path in units]
+    steps += [RemoveFile(path, text) for path, text in sorted(ours.items()) if path != render.FRONT_PATH]
     if units or state.interrupted:
         steps.append(DAEMON_RELOAD)
     if failed:
@@ -262,6 +262,7 @@ class _Work:
             name: why for name in self.instances if (only is None or name in only) and (why := self._why(name, restart))
         }
         self.cleared: set[str] = set()
+        self.watched = state.watched
 
     def plan(self) -> Plan:
         """See ``plan``."""
@@ -346,7 +347,11 @@ class _Work:
         common = [file for file in units if file.path not in self.units and file.path.name not in self.stale_daemons]
         # Where nothing restarts for it, a changed comment, say, can be written at once.
         quiet = [file for path, file in self.units.items() if self._name(path) not in self.why]
+        self.watched = self._look_away(common)
         written = self._write([*common, *quiet])
+        others = [f for f in self.wanted.files if f.path.parent != render.UNIT_DIR and f.path != render.FRONT_PATH]
+        if self._write(others):
+            self.notes.append("a Prometheus reads its files again when it is told to: systemctl reload prometheus")
         if written or self.state.stale or self.state.interrupted:
             self.steps.append(DAEMON_RELOAD)
 
@@ -634,7 +639,7 @@ class _Work:
         if others := tuple(path.name for path in stale if path.parent == render.UNIT_DIR):
             self.steps.append(StopUnits(others))
         self.steps += [RemoveFile(path, self.disk[path]) for path in stale]
-        if stale:
+        if others:
             self.steps.append(DAEMON_RELOAD)
         self._show_front()
         if not self.state.enabled:
@@ -643,6 +648,21 @@ class _Work:
             self.steps.append(Run(("systemctl", "start", systemd.TARGET), "the fleet counts as started"))
         elif render.UNIT_DIR / systemd.RECYCLE_TIMER in wanted and not self.state.timed:
             self.steps.append(Run(("systemctl", "start", systemd.RECYCLE_TIMER), "instances are recycled from now on"))
+        if render.UNIT_DIR / systemd.MONITOR_UNIT in wanted and not self.watched:
+            start = ("systemctl", "start", systemd.MONITOR_UNIT)
+            self.steps.append(Run(start, "GPUs and front are looked at from now on"))
         for path in sorted(self.state.edited):
             if path in wanted:
                 self.notes.append(f"{path} was edited by hand: that edit goes")
+
+    def _look_away(self, units: Iterable[RenderedFile]) -> bool:
+        """Whether somebody looks on. Who does so by an old unit is stopped before that changes: cut short, the next
+        plan starts it again.
+        """
+        path = render.UNIT_DIR / systemd.MONITOR_UNIT
+        outdated = any(
+            file.path == path and systemd.digest(file.text) != systemd.digest(self.disk.get(path, "")) for file in units
+        )
+        if outdated and self.state.watched:
+            self.steps.append(StopUnits((systemd.MONITOR_UNIT,)))
+        return self.state.watched and not outdated

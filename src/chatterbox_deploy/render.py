@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import __version__, nginx, systemd
+from chatterbox_deploy import __version__, grafana, nginx, systemd
 from chatterbox_deploy.fleet import Upstream
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ FRONT_PATH = PurePosixPath("/etc/nginx/conf.d/chatterbox-tts.conf")
 FRONT_TEMPLATE = "nginx/chatterbox-tts.conf.j2"
 
 _SIGNATURE = "# Written by chatterbox-deploy "
+_JSON_SIGNATURE = grafana.BEGINS + _SIGNATURE.removeprefix("# ")
+"""JSON has no comments; a dashboard has a description."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ def header(source: str) -> str:
 
 def is_ours(text: str) -> bool:
     """Whether we wrote a file with this text, and so may replace it."""
-    return text.startswith(_SIGNATURE)
+    return text.startswith((_SIGNATURE, _JSON_SIGNATURE))
 
 
 def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[RenderedFile, ...]:
@@ -62,11 +64,35 @@ def render(fleet: Fleet, templates: Templates, *, source: str) -> tuple[Rendered
     if fleet.service.recycles:
         for unit in (systemd.RECYCLE_UNIT, systemd.RECYCLE_TIMER):
             texts[UNIT_DIR / unit] = templates.fill_in(f"units/{unit}.j2", common)
+    if fleet.monitoring.textfile is not None:
+        values = {**common, "look": _look_command(fleet.monitoring.textfile, source)}
+        values["directory"] = str(PurePosixPath(fleet.monitoring.textfile).parent)
+        texts[UNIT_DIR / systemd.MONITOR_UNIT] = templates.fill_in(f"units/{systemd.MONITOR_UNIT}.j2", values)
     for daemon in fleet.mps_daemons:
         texts[UNIT_DIR / systemd.unit_name(daemon.name)] = _mps_unit(fleet, daemon, templates, source=source)
+    texts |= _monitoring(fleet, templates, source=source)
     instances = tuple(instance_unit(fleet, instance, templates, source=source) for instance in fleet.instances)
     others = (RenderedFile(path, text) for path, text in texts.items())
     return tuple(sorted((*others, *instances), key=lambda file: file.path))
+
+
+def _look_command(textfile: str, source: str) -> tuple[str, ...]:
+    # env: found where systemd looks for programs, /usr/local/bin before /usr/bin.
+    return ("/usr/bin/env", "chatterbox-deploy", "monitor", source, "--interval", "15", "--prometheus", textfile)
+
+
+def _monitoring(fleet: Fleet, templates: Templates, *, source: str) -> dict[PurePosixPath, str]:
+    """What those who watch are given."""
+    asked, texts = fleet.monitoring, dict[PurePosixPath, str]()
+    common = _common(fleet, source)
+    if asked.rules_file is not None:
+        texts[PurePosixPath(asked.rules_file)] = templates.fill_in("monitoring/rules.yml.j2", common)
+    if asked.scrape_file is not None:
+        texts[PurePosixPath(asked.scrape_file)] = templates.fill_in("monitoring/scrape.yml.j2", common)
+    if asked.dashboard_file is not None:
+        description = " ".join(line.removeprefix("# ") for line in header(source).splitlines())
+        texts[PurePosixPath(asked.dashboard_file)] = grafana.dashboard(description)
+    return texts
 
 
 def _common(fleet: Fleet, source: str) -> dict[str, object]:
@@ -81,6 +107,7 @@ def _common(fleet: Fleet, source: str) -> dict[str, object]:
         "nodes_unit": systemd.NODES_UNIT,
         "recycle_unit": systemd.RECYCLE_UNIT,
         "recycle_timer": systemd.RECYCLE_TIMER,
+        "monitor_unit": systemd.MONITOR_UNIT,
         "units": [systemd.unit_name(instance.name) for instance in fleet.instances],
     }
 

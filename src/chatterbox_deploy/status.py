@@ -130,6 +130,9 @@ class Found:
     running: Mapping[str, Mark | None] = field(default_factory=dict)
     """By unit: the mark in its process's environment, where that could be read; ``None`` where it has none."""
 
+    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Address and port by instance that tells how it is."""
+
     readiness: Mapping[str, Readiness | None] = field(default_factory=dict)
     """By instance that was asked; ``None`` where nobody of ours answered."""
 
@@ -444,6 +447,9 @@ def _wrong_with_the_fleet(fleet: Fleet, wanted: Sequence[RenderedFile], found: F
         timer = found.units.get(systemd.RECYCLE_TIMER, Unit())
         if fleet.service.recycles and timer.load != "not-found" and timer.active != "active":
             wrong.append(f"nothing recycles the instances: systemctl start {systemd.RECYCLE_TIMER}")
+        looker = found.units.get(systemd.MONITOR_UNIT, Unit())
+        if fleet.monitoring.textfile is not None and looker.load != "not-found" and looker.active != "active":
+            wrong.append(f"nobody looks at GPUs and front for Prometheus: `journalctl -u {systemd.MONITOR_UNIT}`")
         for daemon in fleet.mps_daemons:
             name = systemd.unit_name(daemon.name)
             unit = found.units.get(name, Unit())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -28,19 +29,22 @@ def survey(host: Host, fleet: Fleet, wanted: Iterable[RenderedFile]) -> Found:
     texts = _texts(host, wanted)
     units = _units(host, [path.name for path in texts if path.parent == render.UNIT_DIR])
     running = {} if units is None else _running(host, units)
-    readiness: dict[str, Readiness | None] = {}
-    if fleet.service.speaks_notify:
-        for name, unit_name in status.instance_units(fleet, texts, units or ()).items():
-            text = texts.get(render.UNIT_DIR / unit_name)
-            place = status.address(fleet, text, running.get(unit_name), name)
-            if place is not None:
-                readiness[name] = _readiness(host, *place)
+    places: dict[str, tuple[str, int]] = {}
+    for name, unit_name in status.instance_units(fleet, texts, units or ()).items():
+        place = status.address(fleet, texts.get(render.UNIT_DIR / unit_name), running.get(unit_name), name)
+        if place is not None and fleet.service.speaks_notify:
+            places[name] = place
+    # All at once, so that those that hang are waited for together.
+    with ThreadPoolExecutor(len(places) + 1) as pool:
+        front = pool.submit(_front_answers, host, fleet)
+        asked = {name: pool.submit(_readiness, host, *place) for name, place in places.items()}
     return status.Found(
         units=units,
         texts=texts,
         running=running,
-        readiness=readiness,
-        front_answers=_front_answers(host, fleet),
+        places=places,
+        readiness={name: said.result() for name, said in asked.items()},
+        front_answers=front.result(),
         monotonic_s=host.monotonic_s(),
     )
 

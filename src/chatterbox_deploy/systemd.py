@@ -21,6 +21,9 @@ NGINX_UNIT = "nginx.service"
 
 RECYCLE_UNIT = "chatterbox-tts-recycle.service"
 RECYCLE_TIMER = "chatterbox-tts-recycle.timer"
+MONITOR_UNIT = "chatterbox-tts-monitor.service"
+"""Looks at GPUs and front for node_exporter."""
+
 STARTS_AT_BOOT = PurePosixPath(f"/etc/systemd/system/multi-user.target.wants/{TARGET}")
 """The link that ``systemctl enable`` makes."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PACKAGE = Path(__file__).parent
+_KINDS = ("units", "nginx", "monitoring")
+"""Folders of templates; the last one lies in the package, the others at the top of the repository."""
 
 
 def shipped() -> Path:
@@ -32,20 +34,20 @@ def read_own(folder: Path) -> dict[str, str]:
     try:
         found = {
             f"{kind}/{path.name}": path.read_text(encoding="utf-8")
-            for kind in ("units", "nginx")
+            for kind in _KINDS
             for path in sorted((folder / kind).glob("*.j2"))
         }
     except (OSError, UnicodeDecodeError) as error:
         msg = f"cannot read templates in {folder}: {error}"
         raise TemplateError(msg) from None
-    if not any((folder / kind).is_dir() for kind in ("units", "nginx")):
-        msg = f"cannot use templates in {folder}: it holds neither units/ nor nginx/"
+    if not any((folder / kind).is_dir() for kind in _KINDS):
+        msg = f"cannot use templates in {folder}: it holds neither units/ nor nginx/ nor monitoring/"
         raise TemplateError(msg)
     return found
 
 
 class Templates:
-    """Templates by the name they have below ``units/`` and ``nginx/``."""
+    """Templates by the name they have below ``units/``, ``nginx/`` and ``monitoring/``."""
 
     def __init__(self, own: Mapping[str, str] | None = None) -> None:
         """Texts in ``own`` come first; a template that is missing there comes from the package."""
@@ -82,7 +84,7 @@ class Templates:
 @cache
 def _environment(own: tuple[tuple[str, str], ...]) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.DictLoader(dict(own)), jinja2.FileSystemLoader(shipped())]),
+        loader=jinja2.ChoiceLoader([jinja2.DictLoader(dict(own)), jinja2.FileSystemLoader([shipped(), _PACKAGE])]),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # noqa: S701  unit files and nginx configuration are not HTML; quoting is by filter
         trim_blocks=True,

@@ -249,3 +249,4 @@ async def _announce(fleet: Fleet, ready: dict[str, asyncio.Event], tell: Tell) -
         await event.wait()
     count = len(ready)
     tell("ready", f"{count} instance{'s' * (count != 1)} behind http://{fleet.front.listen}  (Ctrl-C ends all)")
+    tell("up", f"`chatterbox-deploy monitor FLEET --access-log {fleet.front.access_log}` shows what it does")

@@ -20,7 +20,7 @@ import openai
 import pytest
 import soundfile
 
-from kit.test_up import Up, free_ports
+from support.foreground import Up, free_ports
 
 pytestmark = [
     pytest.mark.nginx,

@@ -80,6 +80,24 @@ def test_a_fleet_as_its_file_says_is_well_and_exits_0(fleet: Sandbox) -> None:
     assert printed.endswith("exit status 0\n")
 
 
+def test_the_monitor_has_units_from_systemd_and_says_what_a_stranger_may_not_read(fleet: Sandbox) -> None:
+    told = json.loads(fleet.run("sh", "-c", f"{SHIP} monitor {FLEET_TOML} --once --json --interval 0.2"))
+
+    assert [(row["unit"], row["ready"], row["restarts"]) for row in told["instances"]] == [
+        ("active/running", "ready", 0)
+    ] * 4
+    assert (told["front"]["nginx"], told["front"]["answers"], told["front"]["requests"]) == ("active", True, 0)
+    assert told["notes"] == []
+
+    # As logrotate makes it.
+    fleet.run("chmod", "640", "/var/log/nginx/chatterbox-tts.access.log")
+    nobody = "env -u COLUMNS setpriv --reuid 65534 --regid 65534 --clear-groups"
+    printed = fleet.run("sh", "-c", f"cd /; {nobody} {SHIP} monitor {FLEET_TOML} --once --interval 0.2")
+    assert printed.count("active/running  ready") == 4
+    assert "nothing is known of the front's requests: cannot read /var/log/nginx/" in printed
+    assert "permission denied; run it as root (sudo)" in printed
+
+
 def test_anybody_may_ask(fleet: Sandbox) -> None:
     said = fleet.run("setpriv", "--reuid=1000", "--clear-groups", *SHIP.split(), "status", FLEET_TOML, "--json")
 
@@ -193,3 +211,26 @@ def test_logs_are_of_one_instance_or_of_all_with_their_names(fleet: Sandbox) -> 
     assert f"{unit('gpu0')}[" in every
     assert f"{unit('gpu3')}[" in every
     assert len(typed(fleet, "logs gpu0 -n 3").splitlines()) == 4
+
+
+def test_a_textfile_is_written_by_a_service_of_the_fleet_until_it_is_asked_for_no_longer(fleet: Sandbox) -> None:
+    directory = "/var/lib/prometheus/node-exporter"
+    watched = FOUR + f'[monitoring]\ntextfile = "{directory}/chatterbox-tts.prom"\n'
+    fleet.run("mkdir", "-p", directory)
+    fleet.write(FLEET_TOML, watched)
+    assert typed(fleet, "apply").endswith("exit status 0\n")
+
+    fleet.wait_until(f"[ -e {directory}/chatterbox-tts.prom ]")
+    told = fleet.run("cat", f"{directory}/chatterbox-tts.prom")
+    assert told.count("chatterbox_monitor_instance_up{") == 4
+    assert 'chatterbox_monitor_instance_up{instance_name="gpu3"} 1.0\n' in told
+    assert "chatterbox_monitor_front_up 1.0\n" in told
+    assert "chatterbox_monitor_front_requests_per_second" in told
+    assert asked(fleet)["wrong"] == []
+
+    fleet.run("systemctl", "stop", "chatterbox-tts-monitor.service")
+    assert "nobody looks at GPUs and front for Prometheus" in asked(fleet)["wrong"][0]
+    fleet.write(FLEET_TOML, FOUR)
+    assert typed(fleet, "apply").endswith("exit status 0\n")
+    assert fleet.show("chatterbox-tts-monitor.service", "LoadState") == "not-found"
+    assert asked(fleet)["wrong"] == []

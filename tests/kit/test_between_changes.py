@@ -407,6 +407,68 @@ def test_what_an_apply_cut_short_wrote_itself_is_not_edited(host: ScriptedHost) 
         assert removal.propose(host, purge=False, force=False).kept == ()
 
 
+# Files for those who watch
+
+WATCHED = {**TWO, "monitoring": {"rules_file": "/etc/prometheus/r.yml", "dashboard_file": "/srv/d.json"}}
+MOVED = {**TWO, "monitoring": {"rules_file": "/etc/prometheus/rules/r.yml"}}
+
+
+def watching(host: ScriptedHost) -> set[str]:
+    return set(host.contents("/etc/prometheus", "/srv"))
+
+
+def test_files_for_those_who_watch_come_move_and_go_and_nobody_restarts_for_them(host: ScriptedHost) -> None:
+    change(host, TWO)
+    before = len(host.history)
+
+    change(host, WATCHED)
+    assert watching(host) == {"/etc/prometheus/r.yml", "/srv/d.json"}
+    change(host, MOVED)
+    assert watching(host) == {"/etc/prometheus/rules/r.yml"}
+    change(host, TWO)
+
+    assert watching(host) == set()
+    assert not [done for done in host.history[before:] if done.startswith(("start ", "stop "))]
+    assert propose(host, TWO).plan.steps == ()
+
+
+def test_somebody_looks_by_the_unit_as_it_is_while_a_textfile_is_asked_for(host: ScriptedHost) -> None:
+    looks = f"start {systemd.MONITOR_UNIT}"
+    one = {**TWO, "monitoring": {"textfile": "/var/lib/node/a.prom"}}
+    change(host, one)
+    assert host.history.count(looks) == 1
+    change(host, {**one, "server": {"max_wait_s": 77}})
+    assert host.history.count(looks) == 1
+
+    change(host, {**one, "monitoring": {"textfile": "/var/lib/node/b.prom"}, "server": {"max_wait_s": 77}})
+    assert [done for done in host.history if systemd.MONITOR_UNIT in done and done.startswith(("start", "stop"))] == [
+        looks,
+        f"stop {systemd.MONITOR_UNIT}",
+        looks,
+    ]
+    change(host, TWO)
+    assert systemd.MONITOR_UNIT not in host.active_units()
+
+
+def test_files_for_those_who_watch_that_others_wrote_are_never_written_over(host: ScriptedHost) -> None:
+    host.place("/srv/d.json", '{\n  "description": "mine"\n}\n')
+
+    proposal = propose(host, WATCHED)
+
+    assert [said for said in proposal.plan.problems if "/srv/d.json: chatterbox-deploy did not write it" in said]
+
+
+@pytest.mark.parametrize("changes", range(12))
+def test_files_for_those_who_watch_are_uninstalled_also_after_an_apply_cut_short(
+    host: ScriptedHost, changes: int
+) -> None:
+    cut_short(host, changes, lambda: change(host, WATCHED))
+
+    uninstall(host)
+
+    assert watching(host) == set()
+
+
 def test_half_written_files_go_and_an_editors_own_stay(host: ScriptedHost) -> None:
     change(host, TWO)
     host.place("/etc/nginx/conf.d/.chatterbox-tts.conf.swp", "b0VIM")

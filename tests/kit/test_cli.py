@@ -186,3 +186,45 @@ def test_every_command_teaches_by_an_example_that_can_be_pasted() -> None:
         text = run(name, "--help").stdout
         assert f"    chatterbox-deploy {name}" in text or f"    sudo chatterbox-deploy {name}" in text, name
         assert not re.search(r"\bTODO\b", text)
+
+
+# monitor
+
+NOBODY = "[gpus]\n0 = 16193\n1 = 16194\n[nginx]\nlisten = '127.0.0.1:16195'\n"
+
+
+def test_monitor_once_exits_1_where_nobody_is_there_and_shows_it_all_the_same(here: Path) -> None:
+    (here / "fleet.toml").write_text(NOBODY)
+    looked = ("monitor", "--once", "--interval", "0.2", "--csv", "looks.csv", "--prometheus", "fleet.prom")
+
+    result = run(*looked, "--json")
+    again = run(*looked)
+
+    assert (result.exit_code, again.exit_code) == (1, 1)
+    told = json.loads(result.stdout)
+    assert {event["text"] for event in told["now"]} >= {"does not answer", "does not answer on 127.0.0.1:16195"}
+    assert told["instances"][0]["waiting"] is None
+    assert re.search(
+        r"^critical for \S+: gpu1 does not answer: chatterbox-deploy logs gpu1$", again.stdout, re.MULTILINE
+    )
+    assert "chatterbox_monitor_front_up 0.0\n" in (here / "fleet.prom").read_text()
+    lines = (here / "looks.csv").read_text().splitlines()
+    assert lines[0] == "time,about,name,quantity,value"
+    assert sum(line.endswith(",instance,gpu0,ready,no answer") for line in lines) == 2
+    assert [line for line in lines if line.endswith(",instance,gpu0,rtf,")]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--limit", "heat=3"), "there is no limit 'heat'; there are temperature_c, "),
+        (("--limit", "rtf=fast"), "rtf should be a number, got 'fast'; write it like temperature_c=80"),
+        (("--prometheus", "fleet.txt"), "node_exporter reads files whose name ends in .prom only, got 'fleet.txt'"),
+        (("--interval", "0"), "0 is not in the range"),
+    ],
+)
+def test_monitor_says_what_it_does_not_take(option: tuple[str, str], said: str) -> None:
+    result = run("monitor", "--once", *option)
+
+    assert result.exit_code == 2
+    assert said in result.stderr

@@ -266,6 +266,24 @@ REJECTED = [
         ["expected '=' after a key in a key/value pair (at line 3, column 3)\n    1 6094\n      ^"],
     ),
     ("[gpus]\n0 = 6093\n0 = 6094\n", ["cannot overwrite a value (at line 3, column 9)\n    0 = 6094\n            ^"]),
+    (
+        "[gpus]\n0 = 6093\n[monitoring]\nrules_file = '/r.yml'\nscrape_file = '/r.yml'\nscrape_key_file = '/k'\n"
+        "textfile = '/t.txt'\ndashboard_file = '/d'\n",
+        [
+            "monitoring.scrape_file: '/r.yml' is already used by monitoring.rules_file",
+            "monitoring.scrape_key_file: has no meaning without monitoring.scrape_file and server.api_keys_file",
+            "monitoring.textfile: node_exporter reads files that end in .prom only, got '/t.txt'",
+            "monitoring.dashboard_file: Grafana reads files that end in .json only, got '/d'",
+        ],
+    ),
+    (
+        "[gpus]\n0 = 6093\n[server]\napi_keys_file = '/k'\n[monitoring]\nscrape_file = '/s.yml'\n",
+        ["monitoring.scrape_file: with server.api_keys_file Prometheus needs a key: give scrape_key_file"],
+    ),
+    (
+        "[gpus]\n0 = 6093\n[server]\ncommand = ['/x', '{port}']\n[monitoring]\nscrape_file = '/s.yml'\n",
+        ["monitoring.scrape_file: has no meaning with server.command; only our own server has /metrics"],
+    ),
 ]
 
 

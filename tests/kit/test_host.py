@@ -76,3 +76,33 @@ def as_nobody() -> Iterator[Path]:
 def test_without_permission_the_message_says_sudo() -> None:
     with as_nobody() as directory, pytest.raises(CommandFailed, match="permission denied; run it as root"):
         LocalHost(directory).write_files([RenderedFile(A, "text")])
+
+
+def test_a_growing_file_is_read_on_from_where_it_ended(tmp_path: Path) -> None:
+    host = LocalHost(tmp_path)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/a").write_text("one\n")
+
+    first = host.read_on(A, {}, limit_bytes=100)
+    with (tmp_path / "etc/a").open("a") as stream:
+        stream.write("two\n")
+    assert first is not None
+    second = host.read_on(A, {first.inode: first.start + len(first.content)}, limit_bytes=100)
+    assert second is not None
+    assert (first.start, first.content, second.start, second.content) == (0, b"one\n", 4, b"two\n")
+
+    (tmp_path / "etc/a").write_text("1\n")
+    cut = host.read_on(A, {first.inode: 8}, limit_bytes=100)
+    assert cut is not None
+    assert (cut.start, cut.content) == (0, b"1\n")
+
+
+def test_of_a_long_file_only_the_end_is_read_and_of_none_nothing(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/a").write_text("0123456789")
+
+    piece = LocalHost(tmp_path).read_on(A, {}, limit_bytes=4)
+
+    assert piece is not None
+    assert (piece.start, piece.content) == (6, b"6789")
+    assert LocalHost(tmp_path).read_on(B, {}, limit_bytes=4) is None

@@ -15,6 +15,7 @@ import pytest
 from build import ProjectBuilder
 from packaging.requirements import Requirement
 
+from chatterbox_deploy import loads
 from support import golden
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ CASE = "two-gpus"
 TEMPLATES = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("units", "nginx") for path in (ROOT / folder).glob("*.j2")
 )
+
+CAPTURE = ROOT / "docs/report/two-rtx-3090.xml"
 
 WHERE = """
 import chatterbox_deploy.templates
@@ -79,6 +82,10 @@ def test_every_way_to_install_us_renders_the_golden_files(
     where, templates = _run(python, "-c", WHERE, cwd=tmp_path).splitlines()
     _run(python.with_name("chatterbox-deploy"), "render", fleet_file, "--output", tmp_path / "out", cwd=tmp_path)
 
+    # Of a report the page, without matplotlib; status 1 is its finding that a GPU is idle.
+    told = f"{python.with_name('chatterbox-deploy')} report --format html --from-nvidia-smi {CAPTURE}; test $? -eq 1"
+    assert 'pip install "chatterbox-deploy[plots]"' in _run("sh", "-c", told, cwd=tmp_path)
+
     ours = ROOT / "src" if way == "editable" else tmp_path / "venv"
     assert Path(where).is_relative_to(ours)
     assert Path(templates).is_relative_to(ROOT if way == "editable" else tmp_path / "venv")
@@ -101,6 +108,9 @@ def test_the_wheel_holds_all_that_is_not_python(wheels: dict[str, Path]) -> None
     assert TEMPLATES
     assert set(names) >= {f"chatterbox_deploy/_templates/{template}" for template in TEMPLATES}
     assert set(names) >= {"chatterbox_deploy/fleet.schema.json", "chatterbox_deploy/py.typed"}
+    assert "chatterbox_deploy/report.html.j2" in names
+    assert set(names) >= {f"chatterbox_deploy/monitoring/{name}.yml.j2" for name in ("rules", "scrape")}
+    assert set(names) >= {f"chatterbox_deploy/texts/{name}.txt" for name in loads.TEXT_SETS}
     assert [name for name in names if name.endswith("/licenses/LICENSE")]
 
 

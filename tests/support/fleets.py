@@ -106,6 +106,14 @@ _UNIT = st.fixed_dictionaries(
 ).filter(lambda unit: unit.get("mps", True) or "mps_thread_percentage" not in unit)
 
 
+_MONITORING = st.fixed_dictionaries(
+    {},
+    optional={
+        "rules_file": st.just("/etc/prometheus/rules.yml"),
+        "textfile": st.sampled_from(["/var/lib/node/a.prom", "/var/lib/node/b.prom"]),
+        "dashboard_file": st.sampled_from(["/var/lib/grafana/a.json", "/var/lib/grafana/b.json"]),
+    },
+)
 _TLS = {"tls_certificate": "/etc/tls/chain.pem", "tls_key": "/etc/tls/key.pem"}
 _DOORS = st.tuples(
     st.sampled_from([{}, _TLS, {**_TLS, "http_listen": "0.0.0.0:80", "acme_webroot": "/var/www/certbot"}]),
@@ -144,6 +152,10 @@ def fleet_tables(draw: DrawFn) -> dict[str, Any]:
         if max(filter(None, recycles), default=0) >= table["unit"].get("memory_max_mb", 0):
             # It would be killed before.
             table["unit"].pop("memory_max_mb", None)
+    if draw(st.booleans()):
+        table["monitoring"] = draw(_MONITORING)
+        if not {"command", "api_keys_file"} & table.get("server", {}).keys() and draw(st.booleans()):
+            table["monitoring"] = {**table["monitoring"], "scrape_file": "/etc/prometheus/scrape.yml"}
     return table
 
 
@@ -254,6 +266,7 @@ _SETTINGS: dict[str, Any] = {
     "nginx": {"listen": "127.0.0.1:7000", "max_upload_mb": 30},
     "server": {"model": "turbo", "engine": "espeak", "environment": {"X_1": '50% "more"'}, "cpu_threads": 3},
     "unit": {"user": "_tts", "recycle_after_h": 24, "memory_max_mb": 9000, "watchdog_s": 20, "mps": False},
+    "monitoring": {"rules_file": "/etc/prometheus/rules.yml", "textfile": "/var/lib/node/a.prom"},
 }
 
 
@@ -265,7 +278,7 @@ def related_pairs(draw: DrawFn) -> Pair:
         before["server"] = _OWN_SERVER
     after = dict(before)
     for _ in range(draw(st.integers(1, 3))):
-        section = draw(st.sampled_from(["gpus", "gpus", "gpus", "nginx", "server", "unit", "command"]))
+        section = draw(st.sampled_from(["gpus", "gpus", "gpus", "nginx", "server", "unit", "monitoring", "command"]))
         if section == "gpus":
             after["gpus"] = draw(_edited(after["gpus"]))
         elif section == "command":

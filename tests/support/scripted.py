@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from chatterbox_deploy import nginx, render, systemd
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.host import Answer, LocalHost, Ran
+from chatterbox_deploy.host import Answer, LocalHost, Piece, Ran
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -231,6 +231,11 @@ class ScriptedHost(LocalHost):
             return self._sockets().encode()
         return super().read_bytes(path)
 
+    def read_on(self, path: PurePosixPath, ends: Mapping[int, int], *, limit_bytes: int) -> Piece | None:
+        """See ``Host``."""
+        self._live()
+        return super().read_on(path, ends, limit_bytes=limit_bytes)
+
     def write_files(self, files: Sequence[RenderedFile]) -> None:
         """See ``Host``; a kill comes between two of them."""
         for file in files:
@@ -310,7 +315,7 @@ class ScriptedHost(LocalHost):
         assert verb in verbs, f"the script has no answer to systemctl {verb} {shlex.join(rest)}"
         return verbs[verb](rest)
 
-    def request(
+    def request(  # noqa: PLR0911  one for each path
         self, method: str, url: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float
     ) -> Answer | None:
         """See ``Host``; whoever listens on the port answers."""
@@ -328,6 +333,10 @@ class ScriptedHost(LocalHost):
                 busy = int(self._is_busy(unit))
                 told = {"ready": True, "instance": unit.instance, "invocation_id": unit.invocation}
                 return Answer(200, body=json.dumps({**told, "waiting": 0, "running": busy, "draining": False}).encode())
+            case "GET", "/metrics":
+                began_s = unit.binds_s - START_S
+                said = f"# TYPE process_start_time_seconds gauge\nprocess_start_time_seconds {began_s}\n"
+                return Answer(200, body=said.encode())
             case "POST", "/v1/audio/speech":
                 key = (headers or {}).get("Authorization", "").removeprefix("Bearer ").encode()
                 if unit.keys and key not in unit.keys.split()[1::2]:

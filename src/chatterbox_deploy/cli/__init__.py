@@ -10,15 +10,19 @@ import click
 from chatterbox_deploy import __version__
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.advise import advise_command
+from chatterbox_deploy.cli.bench import bench_command
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
 from chatterbox_deploy.cli.logs import logs_command
+from chatterbox_deploy.cli.monitor import monitor_command
 from chatterbox_deploy.cli.plan import apply_command, plan_command
 from chatterbox_deploy.cli.recycle import recycle_command
 from chatterbox_deploy.cli.render import render_command
+from chatterbox_deploy.cli.report import report_command
 from chatterbox_deploy.cli.rollback import history_command, rollback_command
 from chatterbox_deploy.cli.rollout import rollout_command
 from chatterbox_deploy.cli.schema import schema_command
 from chatterbox_deploy.cli.service import restart_command, start_command, stop_command
+from chatterbox_deploy.cli.speak import speak_command
 from chatterbox_deploy.cli.status import status_command
 from chatterbox_deploy.cli.uninstall import uninstall_command
 from chatterbox_deploy.cli.up import up_command
@@ -79,9 +83,13 @@ main.add_command(recycle_command)
 main.add_command(uninstall_command)
 main.add_command(up_command)
 main.add_command(status_command)
+main.add_command(monitor_command)
 main.add_command(logs_command)
 main.add_command(start_command)
 main.add_command(stop_command)
 main.add_command(restart_command)
+main.add_command(report_command)
+main.add_command(speak_command)
+main.add_command(bench_command)
 main.add_command(advise_command)
 main.add_command(schema_command)

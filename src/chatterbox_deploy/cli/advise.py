@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from chatterbox_deploy import advice, capacity, observe, profile
-from chatterbox_deploy.errors import CommandFailed, ProfileError
+from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu import MEBIBYTE, Gpu
 from chatterbox_deploy.host import LocalHost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from chatterbox_deploy.advice import Advice, Row
     from chatterbox_deploy.profile import Profile
@@ -31,12 +32,7 @@ _FRONT_PORT = 6095
 @click.option(
     "--model", type=click.Choice(["chatterbox", "turbo", "multilingual"]), default="chatterbox", show_default=True
 )
-@click.option(
-    "--profile",
-    "profile_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What was measured on this machine (scripts/gpu/replicas.py --profile).  [default: what came with this]",
-)
+@arguments.PROFILE
 @click.option("--gpu-memory-mib", type=click.IntRange(min=1), help="Of one GPU, instead of asking nvidia-smi.")
 @click.option("--cores", type=click.IntRange(min=1), help="Of the machine, instead of counting them.")
 @click.option(
@@ -64,7 +60,7 @@ def advise_command(
     """
     host = LocalHost()
     known = profile.built_in()
-    chosen = known[model] if profile_file is None else _read(profile_file)
+    chosen = arguments.read_profile(profile_file) or known[model]
     gpus = observe.gpus(host) if gpu_memory_mib is None else (_given(gpu_memory_mib),)
     if not gpus:
         msg = "cannot ask nvidia-smi for GPUs; for a machine you do not have yet, say --gpu-memory-mib and --cores"
@@ -91,15 +87,6 @@ def advise_command(
         _show(gpu, made, cores=cores / len(gpus), utterance_s=utterance_s)
     click.echo()
     click.echo("\n".join(_toml(gpus, advices)))
-
-
-def _read(path: Path) -> Profile:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"cannot read the profile {path}: {error}"
-        raise ProfileError(msg) from None
-    return profile.parse(text, source=str(path))
 
 
 def _given(memory_mib: int) -> Gpu:

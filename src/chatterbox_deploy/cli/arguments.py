@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import blueprint, config, fleet
-from chatterbox_deploy.errors import CommandFailed, FleetFileError
+from chatterbox_deploy import blueprint, config, fleet, profile
+from chatterbox_deploy.errors import CommandFailed, FleetFileError, ProfileError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.templates import Templates, read_own
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.blueprint import Blueprint
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Instance
+    from chatterbox_deploy.profile import Profile
 
 FLEET = click.argument("fleet_file", metavar="[FLEET]", type=click.Path(path_type=Path), default=Path("fleet.toml"))
 FLEET_OPTION = click.option(
@@ -37,6 +38,30 @@ TEMPLATES = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Directory with units/ and nginx/: templates of your own, in place of ours where it has one.",
 )
+
+
+PROFILE = click.option(
+    "--profile",
+    "profile_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What was measured on this machine (scripts/gpu/replicas.py --profile).  [default: what came with this]",
+)
+
+
+def read_profile(path: Path | None) -> Profile | None:
+    """What was measured; ``None`` where the command line names no file.
+
+    Raises:
+        ProfileError: it cannot be read, or is none.
+    """
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"cannot read the profile {path}: {error}"
+        raise ProfileError(msg) from None
+    return profile.parse(text, source=str(path))
 
 
 def templates(folder: Path | None) -> Templates:

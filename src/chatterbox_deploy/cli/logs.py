@@ -12,7 +12,7 @@ from chatterbox_deploy.cli import arguments
 if TYPE_CHECKING:
     from pathlib import Path
 
-_FLEET_UNITS = (systemd.TARGET, systemd.FRONT_UNIT, systemd.NODES_UNIT, systemd.RECYCLE_UNIT)
+_FLEET_UNITS = (systemd.TARGET, systemd.FRONT_UNIT, systemd.NODES_UNIT, systemd.RECYCLE_UNIT, systemd.MONITOR_UNIT)
 
 
 @click.command("logs")

@@ -111,13 +111,20 @@ def show_unfinished(host: Host) -> None:
 @contextmanager
 def interruptible(host: Host) -> Iterator[None]:
     """A change of the host; after Ctrl-C, SIGTERM or the end of the terminal whoever typed it learns how to go on."""
+    with saying_when_interrupted(lambda: deploy.advice(host) or "nothing was changed"):
+        yield
+
+
+@contextmanager
+def saying_when_interrupted(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and the end of the terminal all end what is within, and whoever typed it learns how to go on."""
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
         # The terminal may be gone.
         with suppress(OSError):
-            click.echo(f"interrupted; {deploy.advice(host) or 'nothing was changed'}", err=True)
+            click.echo(f"interrupted; {how_to_go_on()}", err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
     finally:
         for number, handler in before.items():

@@ -1,0 +1,159 @@
+"""What the command line of ``bench`` asks for, and every contradiction in it. Measures nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chatterbox_deploy import aims, heard, loads, rate_search
+from chatterbox_deploy.cli import arguments, bench_files
+from chatterbox_deploy.errors import BenchmarkError, FleetFileError, UnknownInstance
+from chatterbox_deploy.fleet import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from chatterbox_deploy.aims import Aim
+    from chatterbox_deploy.fleet import Fleet
+    from chatterbox_deploy.loads import Load, Run, Target
+
+PLOTS = (".svg", ".png", ".html")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The command line of ``bench run``."""
+
+    fleet_file: Path
+    urls: tuple[str, ...]
+    instances: tuple[str, ...]
+    each: bool
+    scale: str | None
+    concurrency: int | None
+    rate: float | None
+    find_rate: str | None
+    texts: str
+    audio_format: heard.Format | None
+    stream: bool
+    output: Path | None
+    plots: tuple[Path, ...]
+
+
+def read(asked: Asked) -> tuple[tuple[Aim, ...], Target | None, tuple[str, ...]]:
+    """Whom to ask, for what target, and with which texts.
+
+    Raises:
+        BenchmarkError: with every problem of the command line and its files.
+    """
+    problems: list[str] = []
+    found: tuple[Aim, ...] = ()
+    target: Target | None = None
+    texts: tuple[str, ...] = ()
+    try:
+        found = _aims(asked)
+    except FleetFileError as error:
+        problems += [f"{asked.fleet_file}: {problem}" for problem in error.problems]
+    except BenchmarkError as error:
+        problems += error.problems
+    except UnknownInstance as error:
+        problems.append(f"--instance: {error}")
+    try:
+        target = None if asked.find_rate is None else rate_search.parse_target(asked.find_rate)
+    except BenchmarkError as error:
+        problems += error.problems
+    try:
+        texts = _texts(asked.texts)
+    except BenchmarkError as error:
+        problems += error.problems
+    problems += _contradictions(asked) + plot_problems(asked.plots)
+    if asked.output is not None and not asked.output.absolute().parent.is_dir():
+        problems.append(f"--output: there is no directory {asked.output.absolute().parent}")
+    if problems:
+        raise BenchmarkError(problems)
+    return found, target, texts
+
+
+def _contradictions(asked: Asked) -> list[str]:
+    """Options that cannot be together."""
+    problems = []
+    ways = {
+        "--concurrency": asked.concurrency is not None,
+        "--rate": asked.rate is not None,
+    }
+    if all(ways.values()):
+        problems.append("--concurrency and --rate: a loop is closed or open; give one")
+    if asked.find_rate is not None:
+        problems += [f"{name} and --find-rate: it tries rates of its own" for name in ("--rate",) if ways[name]]
+        problems += [
+            f"{name} and --find-rate: it asks one thing at a time"
+            for name, given in (("--each", asked.each), ("--scale", asked.scale is not None))
+            if given
+        ]
+    if asked.each and asked.scale is not None:
+        problems.append("--each and --scale: give one")
+    if asked.urls and asked.instances:
+        problems.append("--url and --instance: a server of no fleet file has no instance names; give one")
+    if asked.stream and asked.audio_format not in (None, *heard.STEADY):
+        problems.append(f"--stream and --format {asked.audio_format}: what has come when is known of wav and pcm")
+    return problems
+
+
+def plot_problems(plots: Sequence[Path]) -> list[str]:
+    problems = [f"--plot: {path} ends in none of {', '.join(PLOTS)}" for path in plots if path.suffix not in PLOTS]
+    problems += [
+        f"--plot: there is no directory {path.absolute().parent}"
+        for path in plots
+        if not path.absolute().parent.is_dir()
+    ]
+    if plots and not bench_files.can_plot():
+        problems.append("--plot: matplotlib is not installed; pip install 'chatterbox-deploy[plots]'")
+    return problems
+
+
+def _aims(asked: Asked) -> tuple[Aim, ...]:
+    by = "each" if asked.each else None if asked.scale is None else "instances"
+    if asked.urls:
+        return aims.of_doors(aims.at(asked.urls), by)
+    fleet: Fleet = resolve(arguments.read_fleet(asked.fleet_file))
+    chosen = arguments.find_instances(fleet, asked.instances)
+    if asked.each:
+        return aims.each(chosen)
+    if asked.scale is not None:
+        return aims.growing(chosen, asked.scale)
+    return (aims.together(chosen),) if asked.instances else (aims.front(fleet),)
+
+
+def loaded(load: Load, aim: Aim, asked: Asked) -> Load:
+    """``load`` as it is for ``aim``: as much for each instance, where there are more and more of them."""
+    count = max(1, len(aim.instances))
+    times = count if asked.scale is not None else 1
+    if asked.rate is not None:
+        return replace(load, rate_per_s=asked.rate * times)
+    return replace(load, concurrency=count if asked.concurrency is None else asked.concurrency * times)
+
+
+def _texts(name: str) -> tuple[str, ...]:
+    if name in loads.TEXT_SETS:
+        return loads.read_texts(name)
+    try:
+        texts = loads.read_texts(name, Path(name).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise BenchmarkError(
+            [f"--texts: cannot read {name}: {(reason or str(error)).lower()}; sets are {', '.join(loads.TEXT_SETS)}"]
+        ) from None
+    if not texts:
+        raise BenchmarkError([f"--texts: there is no text in {name}"])
+    return texts
+
+
+def saved(path: Path, problems: list[str]) -> Run | None:
+    try:
+        return loads.from_json(path.read_text(encoding="utf-8"), source=str(path))
+    except BenchmarkError as error:
+        problems += error.problems
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        problems.append(f"cannot read {path}: {(reason or str(error)).lower()}")
+    return None
