@@ -84,6 +84,23 @@ def text_of(seconds: float) -> str:
     return " ".join(words)[:letters] + "."
 
 
+def by_the_kit(name: str, directory: Path, clients: int, keep: Path) -> None:
+    """What ``bench`` says of the same server; and, meanwhile, what ``report`` and ``monitor`` see."""
+    kit = [sys.executable, "-m", "chatterbox_deploy"]
+    load = [*kit, "bench", "run", "--url", f"http://127.0.0.1:{PORT}", "--concurrency", str(clients)]
+    load += ["--texts", "short", "--window", "8", "--warmup", "3", "--repeat", "2"]
+    with (keep / f"bench-{name}.txt").open("w") as file:
+        file.write("$ chatterbox-deploy " + " ".join(load[3:]) + "\n\n")
+        file.flush()
+        bench = subprocess.Popen(load, stdout=file, stderr=subprocess.DEVNULL)
+        time.sleep(6)
+        for words in (["report", "fleet.toml"], ["monitor", "fleet.toml", "--once"]):
+            seen = subprocess.run([*kit, *words], cwd=directory, capture_output=True, text=True, check=False)
+            told = f"$ chatterbox-deploy {' '.join(words)}\n\n{seen.stdout}\n{seen.stderr}"
+            (keep / f"{words[0]}-{name}.txt").write_text(told)
+        bench.wait(120)
+
+
 class Report:
     def __init__(self, name: str) -> None:
         self.name = name
@@ -97,15 +114,13 @@ class Report:
 async def measure(report: Report, only: list[str], *, stock: bool) -> None:
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
-        for seed in range(3):
+        for seed in range(1 if stock else 3):
             await ask(client, seed=seed)
-        alone = [await ask(client, seed=seed) for seed in range(2 if stock else 5)]
+        alone = [await ask(client, seed=seed) for seed in range(3 if stock else 5)]
         report.say("one request, whole: p50 latency", statistics.median(one.whole_s for one in alone), "s")
         spoken_s, took_s = sum(one.audio_s for one in alone), sum(one.whole_s for one in alone)
         report.say("one request, whole: rate", spoken_s / took_s, "audio-s/s", f"{alone[0].audio_s:.1f} s of sound")
         if stock:
-            heard, wall_s = await at_once(client, 4)
-            report.say("4 requests at once: rate", rate(heard, wall_s), "audio-s/s")
             return
         await at_once(client, 16, stream=True)
         if "streams" in only:
@@ -143,12 +158,14 @@ async def measure(report: Report, only: list[str], *, stock: bool) -> None:
                 )
 
 
-def serve(name: str, case: Case, weights: Path, *, only: list[str], idle_bytes: int) -> Report:
+def serve(name: str, case: Case, weights: Path, *, only: list[str], idle_bytes: int, keep: Path | None) -> Report:
     report = Report(name)
     server = Server(stock_server.render_unit(case, weights, weights.parent), weights.parent)
     try:
         report.say("from start to ready", server.wait_ready(), "s")
         asyncio.run(measure(report, only, stock=name == "stock"))
+        if keep is not None:
+            by_the_kit(name, weights.parent, 32 if name == "fast" else 2, keep)
         ready = stock_server.get("/readyz")
         report.say(
             "GPU memory",
@@ -174,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="chatterbox", choices=("chatterbox", "turbo"))
     parser.add_argument("--only", default="streams,together,growth,stock")
+    parser.add_argument("--keep", type=Path, help="a directory for what bench, report and monitor say of the servers")
     asked = parser.parse_args()
     only = asked.only.split(",")
     print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.strip())
@@ -188,10 +206,15 @@ def main() -> None:
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         fast = serve(
-            "fast", Case(asked.model, f"engine = 'fast'\n{SETTINGS}"), weights, only=only, idle_bytes=idle_bytes
+            "fast",
+            Case(asked.model, f"engine = 'fast'\n{SETTINGS}"),
+            weights,
+            only=only,
+            idle_bytes=idle_bytes,
+            keep=asked.keep,
         )
         if "stock" in only:
-            serve("stock", Case(asked.model, SETTINGS), weights, only=only, idle_bytes=idle_bytes)
+            serve("stock", Case(asked.model, SETTINGS), weights, only=only, idle_bytes=idle_bytes, keep=asked.keep)
     failed = False
     for what, goal, least, sign in LIMITS:
         if what in fast.figures:
