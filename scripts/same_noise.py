@@ -27,6 +27,9 @@ class Given(TorchFunctionMode):  # type: ignore[misc,unused-ignore]
             return self._normal[tuple(args[0].shape)].clone()
         if func is torch.randn:
             return self._normal[args].clone()
+        if func is torch.cumsum:
+            # Its source's phase. The CPU adds float32 up in float64, a GPU does not, and ends whole turns away.
+            return func(args[0].double(), *args[1:], **(kwargs or {})).float()
         return func(*args, **(kwargs or {}))
 
 
@@ -36,7 +39,7 @@ def inference(s3gen: Any, tokens: torch.Tensor, voice: Mapping[str, Any], *, see
     prompt, own = 2 * voice["prompt_token"].shape[1], 2 * len(tokens)
     frames = prompt + own - voice["prompt_feat"].shape[1]
     source = s3gen.mel2wav.m_source
-    seeds = torch.tensor([seed], device=device)
+    seeds = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)
     harmonics = source.l_sin_gen.harmonic_num + 1
     begin = noise.normal(seeds[:, None], noise.FLOW, torch.arange(prompt + own, device=device)[None], 80)
     begin = begin.transpose(1, 2)
@@ -65,6 +68,6 @@ def make_audible(s3gen: Any, *, hertz: float = 150.0) -> None:
                 norm, direction = module.parametrizations.weight.original0, module.parametrizations.weight.original1
                 transposed = isinstance(module, torch.nn.ConvTranspose1d)
                 heard = direction[:, 0].numel() / module.stride[0] if transposed else direction[0].numel()
-                norm.mul_(heard**-0.5 / direction.std())
+                norm.mul_(0.92 * heard**-0.5 / direction.std())
         s3gen.mel2wav.conv_post.parametrizations.weight.original0.mul_(0.3)
         s3gen.mel2wav.f0_predictor.classifier.bias.fill_(hertz)

@@ -126,10 +126,13 @@ def write_full(
     torch.manual_seed(seed)
     directory.mkdir(parents=True, exist_ok=True)
     config = t3_config(kind)
-    t3 = T3(config).eval()
-    if eos_per_text:
-        teach_to_stop(t3, eos_per_text)
-    s3gen, voice_encoder = S3Gen(meanflow=kind == "turbo").eval(), VoiceEncoder().eval()
+    # Most of the time is random numbers, which a GPU has sooner.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        t3 = T3(config).eval()
+        if eos_per_text:
+            teach_to_stop(t3, eos_per_text)
+        s3gen, voice_encoder = S3Gen(meanflow=kind == "turbo").eval(), VoiceEncoder().eval()
+    t3, s3gen, voice_encoder = t3.cpu(), s3gen.cpu(), voice_encoder.cpu()
     if kind == "multilingual":
         torch.save(voice_encoder.state_dict(), directory / "ve.pt")
         torch.save(s3gen.state_dict(), directory / "s3gen.pt")

@@ -1,11 +1,11 @@
-"""The fast engine's S3Gen on this GPU: does it say what the package says, how exactly in which numbers, and how soon.
+"""The fast engine's S3Gen on this GPU: does it say what the package says, how exactly, and how soon.
 
     python scripts/gpu/fast_sound.py | tee scripts/gpu/fast_sound.txt
-    python scripts/gpu/fast_sound.py --only flows first      # some of the parts, which --help names
+    python scripts/gpu/fast_sound.py --only whole first      # some of the parts, which --help names
     python scripts/gpu/fast_sound.py --tiny                  # on a CPU with small weights: whether the script runs
 
 Weights are random at full size, made on the GPU: the arithmetic, memory and time of the real model, noise for speech.
-What fails is told and left out. The floor beside a time is what the card's data sheet allows for its products.
+What fails is told and left out. The floor beside a time is what the card's data sheet allows for the flow's products.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 # Read when they are imported.
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
+import perth
 import torch
 from chatterbox.models.s3gen import S3Gen
 from chatterbox.models.s3gen.s3gen import (
@@ -44,11 +45,14 @@ from scripts import same_noise
 
 from chatterbox_server.engines.fast.encoder import Encoder
 from chatterbox_server.engines.fast.recorded import Recordings
-from chatterbox_server.engines.fast.sound import FADE, HELD, How, Sound, Stream, Take
+from chatterbox_server.engines.fast.sound import FADE, HELD, How, Sound, Stream, Take, how_for
+from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 from chatterbox_server.engines.stock.silence import silenced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from chatterbox_server.engines.fast.layers import Attention
 
 PEAK_FLOPS = 989e12
 """bf16, dense: NVIDIA's data sheets of H100 SXM and H200."""
@@ -135,8 +139,14 @@ class Bench:
         self.s3gen = made(tiny=tiny, meanflow=meanflow)
         self.steps = 2 if meanflow else 10
 
+        with silenced():
+            self.package = perth.PerthImplicitWatermarker()
+
     def sound(self, how: How) -> Sound:
         return Sound(self.s3gen, device=self.device, flow_steps=self.steps, how=how)
+
+    def marking(self, how: How) -> Sound:
+        return Sound(self.s3gen, device=self.device, flow_steps=self.steps, how=how, watermarker=self.package)
 
     def tokens(self, count: int) -> int:
         return max(4, count // self.scale)
@@ -146,7 +156,8 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, work: Callable[[], Any], times: int = 3) -> float:
-        """The median of some, after one that does not count; by the clock on the wall, for launches count too."""
+        """The median of some, after one that is called and one that is recorded; by the clock on the wall."""
+        work()
         work()
         self.synchronize()
         took = []
@@ -183,18 +194,21 @@ def same(bench: Bench) -> None:
     lengths = [bench.tokens(count) for count in (250, 120, 75, 30)]
     takes = takes_of(lengths, bench.device)
     sound = bench.sound(How())
-    alone = [sound.speak([take])[0] for take in takes]
-    together = sound.speak(takes)
+    for _ in range(2):
+        alone = [sound.speak([take])[0] for take in takes]
+        together = sound.speak(takes)
     print(f"  recorded {len(sound.recordings)}, refused {sound.recordings.refused}")
     eager = bench.sound(How(graphs=False))
-    for take, one, other in zip(takes, alone, together, strict=True):
+    mels = sound.mels(takes)
+    for place, (take, one, other) in enumerate(zip(takes, alone, together, strict=True)):
         with silenced():
             package = same_noise.inference(bench.s3gen, take.tokens, take.voice, seed=take.seed, steps=bench.steps)
         called = eager.speak([take])[0]
         row = [10 ** (decibels(said, right) / 20) for said, right in ((other, one), (called, one), (one, package))]
+        mel = [10 ** (decibels(said, sound.mels([take])[0]) / 20) for said in (mels[place],)]
         print(
-            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e}, called against recorded {row[1]:.1e}, "
-            f"alone against the package {row[2]:.1e}",
+            f"  {len(take.tokens):4} tokens: batched against alone {row[0]:.1e} (mel {mel[0]:.1e}), "
+            f"called against recorded {row[1]:.1e}, alone against the package {row[2]:.1e}",
             flush=True,
         )
 
@@ -202,27 +216,21 @@ def same(bench: Bench) -> None:
 def exact(bench: Bench) -> None:
     print("\n== exact: error in dB against float32: of the mel spectrogram, of the samples, between their spectra")
     takes = takes_of([bench.tokens(count) for count in (250, 120)], bench.device)
-    plain = How()
+    plain, fast = How(), fastest(bench)
     right = bench.sound(plain)
     mels, sounds = right.mels(takes), right.speak(takes)
-    half = replace(plain, encoder=HALF, estimator=HALF, vocoder=torch.float16)
+    flow = replace(fast, encoder=torch.float32, vocoder=torch.float32)
     variants = {
         "encoder bf16": replace(plain, encoder=HALF),
-        "encoder fp16": replace(plain, encoder=torch.float16),
-        "estimator bf16": replace(plain, estimator=HALF),
-        "estimator fp16": replace(plain, estimator=torch.float16),
-        "estimator bf16, tanh": replace(plain, estimator=HALF, gelu="tanh"),
-        "estimator bf16, flash": replace(plain, estimator=HALF, attention="flash"),
-        "estimator bf16, cudnn": replace(plain, estimator=HALF, attention="cudnn"),
-        "vocoder bf16": replace(plain, vocoder=HALF),
-        "vocoder fp16": replace(plain, vocoder=torch.float16),
-        "encoder, estimator bf16, vocoder fp16": replace(half, attention="flash"),
-        "all fp16, flash": replace(half, encoder=torch.float16, estimator=torch.float16, attention="flash"),
-        "TF32": plain,
+        "estimator bf16, torch": replace(plain, estimator=HALF),
+        "estimator bf16, triton, flash": replace(flow, attention="flash"),
+        "estimator bf16, triton, cudnn": replace(flow, attention="cudnn"),
+        "estimator fp16, triton": replace(flow, estimator=torch.float16),
+        "vocoder bf16": replace(fast, encoder=torch.float32, estimator=torch.float32, vocoder=HALF),
+        "vocoder fp16": replace(fast, encoder=torch.float32, estimator=torch.float32),
+        "how_for: encoder, estimator bf16, vocoder fp16": fast,
     }
     for name, how in variants.items():
-        if name == "TF32":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
         def measure(how: How) -> str:
             sound = bench.sound(how)
@@ -234,8 +242,7 @@ def exact(bench: Bench) -> None:
             apart = ", ".join(f"{spectral(one, other):.2f}" for one, other in zip(said, sounds, strict=True))
             return f"mel {errors[0]}   samples {errors[1]}   spectra {apart}"
 
-        print(f"  {name:<40} {attempt(name, partial(measure, how))}", flush=True)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        print(f"  {name:<47} {attempt(name, partial(measure, how))}", flush=True)
 
 
 # -- how soon --------------------------------------------------------------------------------------------------
@@ -252,124 +259,75 @@ def requests(bench: Bench, batch: int) -> list[Take]:
     return takes_of([bench.tokens(SPOKEN)] * batch, bench.device, prompt=bench.tokens(PROMPT))
 
 
-BASE = How(encoder=HALF, estimator=HALF, vocoder=torch.float16, attention="flash")
+def fastest(bench: Bench) -> How:
+    return how_for(bench.device) if not bench.tiny else How(encoder=HALF, estimator=HALF, vocoder=HALF)
 
 
-def told(took_s: float, batch: int, recording: Any, ready_s: float, name: str) -> str:
-    how = "called" if recording.graph is None else "recorded"
-    each = 1e3 * took_s / batch
-    return f"  {batch:3} {1e3 * took_s:8.2f} {each:8.2f}   ready after {ready_s:3.0f} s, {how}: {name}"
-
-
-def timed_flow(bench: Bench, batch: int, name: str, how: How) -> float:
-    begin = time.perf_counter()
-    recording = bench.sound(how).ready_flow(requests(bench, batch))
-    ready_s = time.perf_counter() - begin
-    took = bench.seconds(recording.play)
-    rows = batch * (1 if bench.s3gen.meanflow else 2)
-    flops = flow_flops(rows, 2 * (bench.tokens(PROMPT) + bench.tokens(SPOKEN)), bench.steps)
-    floor_ms = 1e3 * flops / PEAK_FLOPS / batch
-    rate = f"{flops / took / 1e12:4.0f} TFLOP/s, floor {floor_ms:.2f} ms"
-    print(f"{told(took, batch, recording, ready_s, name)}; {rate}", flush=True)
-    return took
-
-
-def flows(bench: Bench) -> None:
-    batches = (1, 2) if bench.tiny else (1, 4, 16, 32)
-    print(f"\n== flows: encoder and flow of {SPOKEN} tokens after {PROMPT} of a voice: batch, ms, ms a request")
-    ways = {
-        "flash": BASE,
-        "mask": replace(BASE, attention="mask"),
-        "cudnn": replace(BASE, attention="cudnn"),
-        "full (no padding kept out)": replace(BASE, attention="full"),
-        "flash, fp16": replace(BASE, estimator=torch.float16),
-        "flash, tanh": replace(BASE, gelu="tanh"),
-        "flash, compiled for each shape": replace(BASE, compile="static"),
-        "flash, compiled for all": replace(BASE, compile="dynamic"),
-        "flash, tanh, compiled for all": replace(BASE, compile="dynamic", gelu="tanh"),
-    }
-    for name, how in ways.items():
-        attempt(name, partial(timed_flow, bench, batches[-2], name, how))
-    called = replace(BASE, graphs=False)
-    for batch in (batches[0], batches[-2]):
-        attempt("called", partial(timed_flow, bench, batch, "flash", called))
-    for batch in batches:
-        for name in ("flash", "flash, compiled for all"):
-            if batch != batches[-2]:
-                attempt(name, partial(timed_flow, bench, batch, name, ways[name]))
-
-    def encoders(dtype: Any, batch: int) -> None:
-        tokens = bench.tokens(PROMPT) + bench.tokens(SPOKEN)
-        encoder = Encoder(bench.s3gen.flow.encoder, dtype=dtype, device=bench.device)
-        x = torch.randn(batch, tokens, bench.s3gen.flow.input_embedding.weight.shape[1], device=bench.device)
-        lengths = torch.full((batch,), tokens, device=bench.device)
-        recordings = Recordings(device=bench.device, kept=1)
-        with torch.inference_mode():
-            recording = recordings.find("encoder", lambda given: encoder(*given), lambda: (x, lengths))
-            took = bench.seconds(recording.play)
-        print(told(took, batch, recording, 0, f"the encoder alone, {dtype}"), flush=True)
-
-    for dtype in (HALF, torch.float32):
-        attempt("encoder", partial(encoders, dtype, batches[-2]))
-
-
-def timed_vocoder(bench: Bench, batch: int, name: str, how: How) -> None:
-    begin = time.perf_counter()
-    recording = bench.sound(how).ready_vocoder(requests(bench, batch))
-    ready_s = time.perf_counter() - begin
-    print(told(bench.seconds(recording.play), batch, recording, ready_s, name), flush=True)
-
-
-def vocoders(bench: Bench) -> None:
-    batch = 2 if bench.tiny else 16
-    print(f"\n== vocoders: {SPOKEN * 2} frames: batch, ms, ms a request")
-    ways = {
-        "fp16, channels": BASE,
-        "fp16, time": replace(BASE, layout="time"),
-        "bf16, channels": replace(BASE, vocoder=HALF),
-        "fp16, channels, compiled for all": replace(BASE, compile="dynamic"),
-        "fp16, channels, compiled for each shape": replace(BASE, compile="static"),
-        "fp16, time, compiled for all": replace(BASE, compile="dynamic", layout="time"),
-        "fp32, time": replace(BASE, vocoder=torch.float32, layout="time"),
-    }
-    for name, how in ways.items():
-        attempt(name, partial(timed_vocoder, bench, batch, name, how))
-    torch.backends.cudnn.benchmark = True
-    for name in ("fp16, channels", "fp16, time", "fp16, channels, compiled for all"):
-        attempt(name, partial(timed_vocoder, bench, batch, f"cudnn.benchmark, {name}", ways[name]))
-    torch.backends.cudnn.benchmark = False
-    for few in (1,) if bench.tiny else (1, 4):
-        attempt("fp16", partial(timed_vocoder, bench, few, "fp16, channels", BASE))
+def row(took_s: float, batch: int, name: str) -> str:
+    return f"  {batch:3} {1e3 * took_s:8.2f} {1e3 * took_s / batch:8.2f}   {name}"
 
 
 def whole(bench: Bench) -> None:
-    print("\n== whole: from tokens to sound: batch, ms, ms a request")
+    spoken, prompt = bench.tokens(SPOKEN), bench.tokens(PROMPT)
+    print(f"\n== whole: {spoken} tokens after {prompt} of a voice, to marked sound: batch, ms, ms a request")
+    fast, most = fastest(bench), 2 if bench.tiny else 16
+    ways = {
+        "flash": replace(fast, attention="flash"),
+        "cudnn": replace(fast, attention="cudnn"),
+        "flash, torch's kernels": replace(fast, attention="flash", kernels="torch"),
+    }
+    runs = [(most, name) for name in ways] + [(batch, "flash") for batch in ((1,) if bench.tiny else (1, 2, 4, 8))]
+    for batch, name in runs:
+        attempt(name, partial(timed, bench, batch, name, ways[name]))
+    attempt("parts", partial(parts, bench, most, fast))
 
-    def measure(batch: int, how: How) -> None:
-        sound = bench.sound(how)
-        takes = requests(bench, batch)
-        took = bench.seconds(partial(sound.speak, takes))
-        begin = time.perf_counter()
+
+def timed(bench: Bench, batch: int, name: str, how: How) -> None:
+    begin = time.perf_counter()
+    sound, takes = bench.marking(how), requests(bench, batch)
+    for _ in range(2):
         sound.speak(takes)
-        free_ms = 1e3 * (time.perf_counter() - begin)
-        bench.synchronize()
-        memory = "-" if bench.tiny else f"{torch.cuda.memory_reserved() / 2**30:.1f}"
-        print(
-            f"  {batch:3} {1e3 * took:8.2f} {1e3 * took / batch:8.2f}   the CPU is free after {free_ms:.1f} ms, "
-            f"{memory} GiB reserved: {how.compile}",
-            flush=True,
-        )
+    bench.synchronize()
+    ready_s = time.perf_counter() - begin
+    took = bench.seconds(partial(sound.speak, takes))
+    begin = time.perf_counter()
+    sound.speak(takes)
+    free_ms = 1e3 * (time.perf_counter() - begin)
+    bench.synchronize()
+    memory = "-" if bench.tiny else f"{torch.cuda.memory_reserved() / 2**30:.1f}"
+    told = f"{name}; ready after {ready_s:.1f} s, CPU free after {free_ms:.1f} ms, {memory} GiB reserved"
+    print(row(took, batch, told), flush=True)
 
-    for batch in (1, 2) if bench.tiny else (1, 4, 16, 32):
-        for how in (BASE, replace(BASE, compile="dynamic")):
-            attempt("whole", partial(measure, batch, how))
+
+def parts(bench: Bench, batch: int, how: How) -> None:
+    """Of the whole: its recordings, one by one."""
+    sound, takes = bench.marking(how), requests(bench, batch)
+    took = bench.seconds(sound.ready_flow(takes).play)
+    rows = batch * (1 if bench.s3gen.meanflow else 2)
+    flops = flow_flops(rows, 2 * (bench.tokens(PROMPT) + bench.tokens(SPOKEN)), bench.steps)
+    rate = f"{flops / took / 1e12:.0f} TFLOP/s, floor {1e3 * flops / PEAK_FLOPS / batch:.2f} ms a request"
+    print(row(took, batch, f"of that encoder and flow: {rate}"), flush=True)
+    print(row(bench.seconds(sound.ready_vocoder(takes).play), batch, "of that vocoder"), flush=True)
+    tokens = bench.tokens(PROMPT) + bench.tokens(SPOKEN)
+    encoder = Encoder(bench.s3gen.flow.encoder, dtype=how.encoder, device=bench.device)
+    x = torch.randn(batch, tokens, bench.s3gen.flow.input_embedding.weight.shape[1], device=bench.device)
+    lengths = torch.full((batch,), tokens, device=bench.device)
+    recordings = Recordings(device=bench.device, kept=2)
+    mark = Watermark(bench.package, sample_rate_hz=24_000, device=bench.device)
+    sounds = Sounds(torch.randn(batch, 960 * bench.tokens(SPOKEN), device=bench.device), lengths * 0 + 960)
+    with torch.inference_mode():
+        encoding = recordings.find("encoder", lambda given: encoder(*given), lambda: (x, lengths))
+        print(row(bench.seconds(encoding.play), batch, "of that encoder"), flush=True)
+        marking = recordings.find("mark", mark, lambda: sounds)
+        print(row(bench.seconds(marking.play), batch, "of that watermark"), flush=True)
 
 
 def first(bench: Bench) -> None:
-    print("\n== first: a first chunk of one utterance, from its tokens to its samples on the CPU")
+    print("\n== first: a first chunk of one utterance, from its tokens to its marked samples on the CPU")
+    fast = fastest(bench)
 
     def measure(count: int, how: How) -> str:
-        sound = bench.sound(how)
+        sound = bench.marking(how)
         take = takes_of([count], bench.device, prompt=bench.tokens(PROMPT))[0]
 
         def chunk() -> Any:
@@ -378,38 +336,53 @@ def first(bench: Bench) -> None:
         took = bench.seconds(chunk, 9)
         return f"{1e3 * took:7.2f} ms for {len(chunk()) / 24:.0f} ms of sound"
 
-    for name, how in (
-        ("flash", BASE),
-        ("mask", replace(BASE, attention="mask")),
-        ("flash, compiled for all", replace(BASE, compile="dynamic")),
-    ):
-        for count in (15, 25):
-            print(f"  {count} tokens, {name}: {attempt(name, partial(measure, count, how))}", flush=True)
+    tried: tuple[tuple[int, Attention], ...] = ((15, "flash"), (15, "cudnn"), (25, "flash"))
+    for count, attention in tried:
+        how = replace(fast, attention=attention)
+        print(f"  {count} tokens, {attention}: {attempt(attention, partial(measure, count, how))}", flush=True)
+
+
+def mark(bench: Bench) -> None:
+    print("\n== mark: against the package's own watermark, on the CPU")
+    takes = requests(bench, 2 if bench.tiny else 4)
+    plain, marked = bench.sound(How()).speak(takes), bench.marking(How()).speak(takes)
+    begin = time.perf_counter()
+    right = [bench.package.apply_watermark(samples.cpu().numpy(), sample_rate=24_000) for samples in plain]
+    print(f"  the package: {1e3 * (time.perf_counter() - begin) / len(right):.1f} ms each")
+    for one, other in zip(marked, right, strict=True):
+        error = 10 ** (decibels(one.cpu(), torch.from_numpy(other)) / 20)
+        read = [bench.package.get_watermark(samples, sample_rate=24_000) for samples in (one.cpu().numpy(), other)]
+        print(f"  relative error {error:.1e}, read as {read[0]:.1f}, the package's own as {read[1]:.1f}", flush=True)
 
 
 def chunks(bench: Bench) -> None:
     print(f"\n== chunks: against the same utterance in one go, dB; {HELD} frames held, {FADE} of them faded")
     sound = bench.sound(How())
+    marking, package = bench.marking(How()), bench.package
     take = takes_of([250], bench.device, prompt=bench.tokens(PROMPT))[0]
     right = sound.speak([take])[0]
     mel = sound.mels([take])[0]
+    at_once = marking.speak([take])[0].cpu().numpy()
+    print(f"  marked in one go, read as {package.get_watermark(at_once, sample_rate=24_000, round=False):.3f}")
     for name, ends in (
         ("growing: 15, 40, 90, 190, 250", (15, 40, 90, 190, 250)),
         ("even: every 25", tuple(range(25, 251, 25))),
         ("late: 125, 250", (125, 250)),
     ):
-        stream = Stream()
-        parts, mels = [], []
+        stream, other = Stream(), Stream()
+        parts, mels, marked = [], [], []
         for end in ends:
             one = replace(take, tokens=take.tokens[:end], final=end == 250, stream=stream)
             mels.append(sound.mels([one])[0])
             parts.append(sound.speak([one])[0])
+            marked.append(marking.speak([replace(one, stream=other)])[0])
         said = torch.cat(parts)
+        read = package.get_watermark(torch.cat(marked).cpu().numpy(), sample_rate=24_000, round=False)
         errors = ", ".join(f"{decibels(part, mel[: len(part)]):.1f}" for part in mels)
         print(
             f"  {name}: samples {decibels(said, right):.1f} dB, loudness of each 20 ms {contour(said, right):.1f} dB, "
             f"spectra {spectral(said, right):.2f} dB apart; {len(said) - len(right)} samples too many; "
-            f"mel so far against mel in the end: {errors}",
+            f"mel so far against mel in the end: {errors}; marked, read as {read:.3f}",
             flush=True,
         )
 
@@ -431,13 +404,11 @@ def spectral(said: Any, right: Any) -> float:
 def turbo(bench: Bench) -> None:
     print("\n-- turbo: two steps, no guidance")
     small = Bench(tiny=bench.tiny, meanflow=True)
-    for part in (same, flows, whole, first):
+    for part in (same, whole, first):
         part(small)
 
 
-PARTS = {
-    part.__name__: part for part in (same, flows, vocoders, whole, first, exact, chunks, turbo)
-}  # what is dear to know first
+PARTS = {part.__name__: part for part in (same, whole, first, exact, mark, chunks, turbo)}
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
     python scripts/gpu/fast_t3.py --only speed,profile
 
 Weights are random at full size: the arithmetic, memory and time of the real model. Every utterance is as long as it is
-told to be. Beside each step's time stands its floor: the bytes of weights, keys and values that it has to read, over the
-bandwidth of a large copy, measured here. Fails if in float32 a token differs from the package's own loop.
+told to be. Beside each step's time stands its floor: the bytes of weights, keys and values that it has to read, over
+the bandwidth of a large copy, measured here. Fails if in float32 a token differs from the package's own loop.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from chatterbox.models import t3 as package
+from scripts import tiny_model
 
 from chatterbox_server.engine import Sampling
 from chatterbox_server.engines.fast import backbone as backbones
@@ -34,7 +36,6 @@ from chatterbox_server.engines.fast import noise, slots
 from chatterbox_server.engines.fast.slots import Prompt, Slots
 from chatterbox_server.engines.fast.t3 import T3
 from chatterbox_server.engines.stock.kinds import KINDS
-from scripts import tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +79,7 @@ class Lab:
         torch.manual_seed(0)
         begin_s = time.perf_counter()
         with torch.device("cuda"):
-            self.t3 = tiny_model.T3(tiny_model.t3_config(kind)).eval()
+            self.t3 = package.T3(tiny_model.t3_config(kind)).eval()
         if kind == "turbo":
             del self.t3.tfmr.wte
         self.samplings = TURBO if kind == "turbo" else GUIDED
@@ -100,7 +101,7 @@ class Lab:
         return torch.cat([row, row])
 
     def prompt(self, seed: int) -> Prompt:
-        return slots.prompt(self.t3, self.text(seed), copy.copy(self.voice))
+        return slots.prompt(self.t3, self.text(seed), slots.embedded(self.t3, copy.copy(self.voice)))
 
     def by_the_package(self, seed: int, sampling: Sampling, most: int) -> list[int]:
         told = {"temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -128,7 +129,7 @@ def timed(work: Callable[[], Any], repeats: int) -> float:
         work()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+    return statistics.median(float(begin.elapsed_time(end)) for begin, end in events)
 
 
 def say(t3: T3, asked: list[tuple[Prompt, int, Sampling]], most: int, *, sort: bool) -> list[list[int]]:
@@ -208,47 +209,38 @@ def precision(lab: Lab) -> None:
     print(f"  bf16 logits are {error:.2e} off (relative), the most likely token is the same in {agree:.1%}", flush=True)
 
 
-def speed(lab: Lab, *, only_fast: bool) -> None:
-    ways: dict[str, dict[str, Any]] = {"kernels": {"by_kernels": True}}
-    ways["early"] = {"by_kernels": True, "early": True}
-    if not only_fast:
-        ways = {"torch": {}} | ways
+def speed(lab: Lab) -> None:
     held = Slots(lab.t3, slots=64, dtype=torch.bfloat16, most_tokens=400, longest=640)
     weights = sum(one.numel() for layer in held.backbone.layers for one in (layer.qkv, layer.out, layer.up, layer.down))
     weights = (weights + held.backbone.head.numel()) * 2
     prompt = lab.prompt(1)
+    positions = prompt.length + 125
     per_position = 2 * 2 * held.backbone.dim * len(held.backbone.layers) * held.rows
-    print(
-        f"{'way':<10} {'together':>8} {'ms a step':>10} {'floor ms':>9} {'tokens/s':>9}   (bf16, at {prompt.length + 125} positions)"
-    )
-    for name, told in ways.items():
-        for size in SIZES:
-            try:
-                t3 = T3(held, **told)
-                held.begin([(n, prompt, n, lab.samplings[0], 10**6) for n in range(size)])
-                held.stop = -1
-                held.position.fill_(prompt.length + 125)
-                at = torch.full_like(held.position, prompt.length + 125)
-                numbers = list(range(size))
-                run = lambda: (t3.step(numbers, sort=False), held.position.copy_(at), held.count.fill_(100))
-                step_ms = timed(run, 60)
-                floor_ms = (weights + size * per_position * (prompt.length + 125)) / lab.bytes_per_s * 1000
-                print(
-                    f"{name:<10} {size:>8} {step_ms:>10.3f} {floor_ms:>9.3f} {size / step_ms * 1000:>9.0f}", flush=True
-                )
-            except Exception:  # noqa: BLE001
-                traceback.print_exc()
-    try:
-        t3 = T3(held, by_kernels=True)
-        for count in (1, 4, 8):
-            bites = [slots.Bite(n, prompt, 0) for n in range(count)]
-            print(
-                f"a bite of {slots.CHUNK} positions of {count} prompts: {timed(lambda: t3.read(bites, sort=False), 30):.2f} ms"
-            )
-        sort_ms = timed(lambda: t3.step([0], sort=True), 30) - timed(lambda: t3.step([0], sort=False), 30)
-        print(f"sorting for one: {sort_ms:.3f} ms", flush=True)
-    except Exception:  # noqa: BLE001
-        traceback.print_exc()
+    held.stop = -1
+    at = torch.full_like(held.position, positions)
+    print(f"bfloat16, at {positions} positions:")
+    print(f"{'steps by':<10} {'together':>8} {'ms a step':>10} {'floor ms':>9} {'tokens/s':>9}")
+    for name, early, sizes in (("kernels", False, SIZES), ("early", True, SIZES[:1])):
+        t3 = T3(held, by_kernels=True, early=early)
+        for size in sizes:
+            held.begin([(n, prompt, n, lab.samplings[0], 10**6) for n in range(size)])
+
+            def one_step(t3: T3 = t3, numbers: range = range(size)) -> None:
+                t3.step(numbers, sort=False)
+                held.position.copy_(at)
+                held.count.fill_(100)
+
+            held.position.copy_(at)
+            step_ms = timed(one_step, 60)
+            floor_ms = (weights + size * per_position * positions) / lab.bytes_per_s * 1000
+            print(f"{name:<10} {size:>8} {step_ms:>10.3f} {floor_ms:>9.3f} {size / step_ms * 1000:>9.0f}", flush=True)
+    t3 = T3(held, by_kernels=True)
+    for count in (1, 4, 8):
+        bites = [slots.Bite(n, prompt, 0) for n in range(count)]
+        took_ms = timed(lambda bites=bites: t3.read(bites, sort=False), 30)  # type: ignore[misc]
+        print(f"a bite of {slots.CHUNK} positions of {count} prompts: {took_ms:.2f} ms")
+    sort_ms = timed(lambda: t3.step([0], sort=True), 30) - timed(lambda: t3.step([0], sort=False), 30)
+    print(f"sorting for one: {sort_ms:.3f} ms", flush=True)
 
 
 def profile(lab: Lab) -> None:
@@ -293,7 +285,7 @@ def main() -> None:
             precision(lab)
         torch.cuda.empty_cache()
         if "speed" in only:
-            speed(lab, only_fast=asked.kind == "turbo")
+            speed(lab)
         if "profile" in only:
             profile(lab)
     if not same:

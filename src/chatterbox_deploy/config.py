@@ -228,8 +228,9 @@ class ServerConfig(_Strict):
     model: Literal["chatterbox", "turbo", "multilingual"] = "chatterbox"
     """Which Chatterbox model to load."""
 
-    engine: Literal["stock", "espeak"] = "stock"
-    """stock: the chatterbox-tts package. espeak: offline stand-in without GPU or weights, for demos and tests."""
+    engine: Literal["stock", "fast", "espeak"] = "stock"
+    """stock: the chatterbox-tts package. fast: its models chatterbox and turbo, many utterances at once, on one GPU.
+    espeak: offline stand-in without GPU or weights, for demos and tests."""
 
     python: AbsolutePath = f"{VERSION_LINK}/bin/python"
     """Interpreter of the environment that has chatterbox-deploy[server] installed."""
@@ -251,6 +252,9 @@ class ServerConfig(_Strict):
 
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Begin the next utterance while the last one becomes sound (stock engine). auto: where it has two GPUs."""
+
+    max_batch: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Utterances that the fast engine speaks at once. 0: as many as the GPU's memory holds, 64 at most."""
 
     queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
     """Requests that may wait behind the one being spoken, per instance; one more is answered 503."""
@@ -422,10 +426,25 @@ def conflicts(config: FleetConfig) -> list[str]:
         *_keys_conflicts(config),
         *_command_conflicts(config.server),
         *_device_conflicts(config.server),
+        *_fast_conflicts(config),
         *_memory_conflicts(config),
         *_sharing_conflicts(config),
         *_monitoring_conflicts(config),
     ]
+
+
+def _fast_conflicts(config: FleetConfig) -> list[str]:
+    server = config.server
+    if server.engine != "fast":
+        return ["server.max_batch: has no meaning unless server.engine is 'fast'"] if server.max_batch else []
+    problems = [
+        f"gpus.{key}: the fast engine has one GPU: give each a port of its own, or set server.engine = 'stock'"
+        for key in config.gpus
+        if "," in key
+    ]
+    if server.model == "multilingual":
+        problems.append("server.model: the fast engine does not speak 'multilingual': set server.engine = 'stock'")
+    return problems
 
 
 def _gpu_conflicts(config: FleetConfig) -> list[str]:

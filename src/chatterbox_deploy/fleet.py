@@ -332,7 +332,8 @@ def resolve(config: FleetConfig, places: Places = SYSTEM) -> Fleet:
 def _gpu_memory_bytes(server: ServerConfig) -> int | None:
     if server.gpu_memory_mb:
         return server.gpu_memory_mb * MEGABYTE
-    return GPU_MEMORY_BYTES[server.model] if server.command is None else None
+    # The fast engine takes of a GPU what is free, and leaves half of it.
+    return GPU_MEMORY_BYTES[server.model] if server.command is None and server.engine == "stock" else None
 
 
 def find(fleet: Fleet, who: str) -> tuple[Instance, ...]:
@@ -474,6 +475,7 @@ def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict
         "CUDNN_BENCHMARK": server.cudnn_benchmark,
         "AUTOCAST": server.autocast,
         "PIPELINE": server.pipeline,
+        "MAX_BATCH": server.max_batch if server.engine == "fast" else None,
         "VOICES_DIR": f"{places.state_dir}/voices",
         "QUEUE_SIZE": server.queue_size,
         "MAX_WAIT_S": server.max_wait_s,

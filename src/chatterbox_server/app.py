@@ -134,7 +134,7 @@ def _gauges(service: Service) -> Gauges:
 
 
 def _measure(metrics: Metrics, engine: Engine, spoken: Spoken) -> None:
-    audio_s = spoken.samples.size / engine.sample_rate_hz
+    audio_s = (spoken.given + spoken.samples.size) / engine.sample_rate_hz
     tokens = None if engine.tokens_per_audio_s is None else engine.tokens_per_audio_s * audio_s
     metrics.spoke(synthesis_s=spoken.synthesis_s, audio_s=audio_s, tokens=tokens)
     for remark in spoken.remarks:

@@ -1,7 +1,7 @@
 """From a request's place in the queue to the bytes of its answer: whole, as a stream, or as server-sent events.
 
-What is short comes whole, with its length and what it cost in the headers. What has several pieces leaves piece
-by piece, the first as soon as it is spoken.
+What is short comes whole, with its length and what it cost in the headers. What has several pieces, or is asked for as
+a stream, leaves part by part, the first as soon as it is spoken.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatterbox_server import audio
 from chatterbox_server.engine import EngineError, OutOfMemory, Refused, Utterance
-from chatterbox_server.joints import Joints
+from chatterbox_server.joints import InParts, Joints
 from chatterbox_server.metrics import Outcome
 from chatterbox_server.place import Busy, Place
 from chatterbox_server.service import Service
@@ -57,6 +57,8 @@ class Script:
     """Silence after each utterance."""
     audio_format: audio.Format
     as_events: bool
+    streamed: bool
+    """Sound leaves as soon as it is there; otherwise all of it at once, with its length."""
     max_wait_s: float | None
 
     @property
@@ -75,11 +77,13 @@ class Speech:
     synthesis_s: float = 0.0
     samples: int = 0
     _joints: Joints = field(init=False)
+    _piece: InParts = field(init=False)
     _left: Iterator[float] = field(init=False)
     _spoken: AsyncIterator[Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self._joints = Joints(self.sample_rate_hz)
+        self._piece = InParts(self._joints)
         self._left = iter(self.script.pauses_s)
         self._spoken = aiter(self.place)
 
@@ -96,19 +100,24 @@ class Speech:
         """Seconds of computing per second of sound."""
         return self.synthesis_s / self.audio_s if self.samples else 0.0
 
-    async def next_piece(self) -> NDArray[np.float32] | None:
-        """The next piece, ready to be put behind the one before; ``None`` after the last."""
-        try:
-            spoken = await anext(self._spoken)
-        except StopAsyncIteration:
-            return None
-        except OutOfMemory:
-            self.service.metrics.engine_failed("out_of_memory")
-            raise
-        joined = await asyncio.to_thread(self._joints.join, spoken.samples, next(self._left))
-        self.synthesis_s += spoken.synthesis_s
-        self.samples += joined.size
-        return joined
+    async def next_part(self) -> NDArray[np.float32] | None:
+        """What comes next, a piece or a part of one, ready to be put behind the one before; ``None`` after the last."""
+        while True:
+            try:
+                spoken = await anext(self._spoken)
+            except StopAsyncIteration:
+                return None
+            except OutOfMemory:
+                self.service.metrics.engine_failed("out_of_memory")
+                raise
+            pause_s = next(self._left) if spoken.last else 0.0
+            joined = await asyncio.to_thread(self._piece.join, spoken.samples, last=spoken.last, pause_s=pause_s)
+            if spoken.last:
+                self._piece = InParts(self._joints)
+            self.synthesis_s += spoken.synthesis_s
+            self.samples += joined.size
+            if joined.size or spoken.last:
+                return joined
 
 
 class Listener:
@@ -162,6 +171,7 @@ async def speak(request: Request, service: Service, script: Script) -> AsyncIter
         client=getattr(state, "client", "") or request.headers.get("x-client", ""),
         max_wait_s=script.max_wait_s,
         waited_s=_seconds(request.headers.get("x-waited", "")),
+        listens=script.streamed,
     )
     async with place:
         speech = Speech(script, place, request, service)
@@ -195,8 +205,8 @@ async def deliver(
     async with resources or AsyncExitStack() as stack:
         try:
             speech, listener = await stack.enter_async_context(speak(request, service, script))
-            first = await listener.waits_for(speech.next_piece())
-            if len(script.utterances) == 1 and not script.as_events:
+            first = await listener.waits_for(speech.next_part())
+            if not script.streamed:
                 return await _whole(speech, first, headers)
             encoder = audio.Encoder(script.audio_format, speech.sample_rate_hz)
             chunk = await asyncio.to_thread(_encoded, encoder, first)
@@ -232,17 +242,20 @@ def measured(speech: Speech) -> dict[str, str]:
     first_byte_s = time.monotonic() - speech.request.state.began_s
     speech.service.metrics.first_byte(first_byte_s)
     speech.request.state.log["first_byte_s"] = first_byte_s
-    return {
+    headers = {
         "X-Queue-Wait": f"{speech.place.queue_wait_s:.3f}",
         "X-Queue-Position": str(speech.place.position),
         "X-Time-To-First-Byte": f"{first_byte_s:.3f}",
-        "X-Real-Time-Factor": f"{speech.real_time_factor:.3f}",
     }
+    # What a piece costs is known once all of it is spoken.
+    if speech.synthesis_s:
+        headers["X-Real-Time-Factor"] = f"{speech.real_time_factor:.3f}"
+    return headers
 
 
 async def _chunks(speech: Speech, listener: Listener, encoder: audio.Encoder, chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
-    while (samples := await listener.waits_for(speech.next_piece())) is not None:
+    while (samples := await listener.waits_for(speech.next_part())) is not None:
         yield await asyncio.to_thread(encoder.encode, samples)
     yield await asyncio.to_thread(encoder.finish)
 

@@ -75,14 +75,35 @@ class Errand:
     Any thread may use it; of those that work on the utterance, one at a time.
     """
 
-    def __init__(self, on_way: Callable[[], None] = lambda: None) -> None:
-        """``on_way`` is called, on whichever thread it happens, once the next utterance may come in."""
+    def __init__(
+        self,
+        on_way: Callable[[], None] = lambda: None,
+        on_sound: Callable[[NDArray[np.float32]], None] | None = None,
+    ) -> None:
+        """``on_way`` is called, on whichever thread it happens, once the next utterance may come in.
+
+        ``on_sound`` is called so with what is ready before the rest, if anybody wants to hear it.
+        """
         self._on_way = on_way
+        self._on_sound = on_sound
         self._wanted = True
         # Worked seconds, whether at work, since when: one tuple, so that no reader sees half of a change.
         self._now: tuple[float, bool, float] = (0.0, False, time.monotonic())
         self.in_the_way = True
         """The engine cannot begin another utterance yet."""
+        self.given = 0
+        """Samples that were heard already."""
+
+    @property
+    def listens(self) -> bool:
+        """Somebody wants to hear the beginning before the end is there."""
+        return self._on_sound is not None
+
+    def give(self, samples: NDArray[np.float32]) -> None:
+        """What is ready; what ``synthesize`` returns goes on from there."""
+        self.given += samples.size
+        if self._on_sound is not None:
+            self._on_sound(samples)
 
     def drop(self) -> None:
         """Nobody waits for it any more."""
@@ -183,7 +204,8 @@ class Engine(Protocol):
         Up to ``places`` threads call it at once. None comes in before each that is inside has made way
         (``errand.make_way``) or is done, so that whose turn it is can be decided as late as possible: an engine that
         can begin the next one earlier says so. What it does, it does ``errand.at_work()``: how long that lasts tells
-        an engine that is stuck.
+        an engine that is stuck. To an errand that listens it may give the beginning while it makes the rest, which it
+        returns.
 
         Raises:
             Dropped: ``errand`` was dropped. An engine of several steps checks between them.

@@ -27,29 +27,83 @@ class Joints:
 
         Never empty unless ``samples`` are; of a piece that is all silence a tenth of a second is left.
         """
-        if samples.ndim != 1 or samples.size == 0 or not np.isfinite(samples).all():
+        if not _is_sound(samples):
             return samples
-        kept = self._kept(samples)
-        faded = samples[kept] * self._fade(kept.stop - kept.start)
-        return np.concatenate((faded, np.zeros(round(pause_s * self.sample_rate_hz), np.float32)))
+        loud, margin = self.loud(samples), self._margin
+        kept = samples[: 2 * margin] if loud is None else samples[loud.start : loud.stop]
+        return np.concatenate((self.faded(kept, into=True, out=True), self.pause(pause_s)))
 
-    def _kept(self, samples: NDArray[np.float32]) -> slice:
-        frame = max(1, round(FRAME_S * self.sample_rate_hz))
-        margin = round(MARGIN_S * self.sample_rate_hz)
-        starts = np.arange(0, samples.size, frame)
-        # In double precision: the square of a very large or very small sample would not fit in single.
-        energies = np.add.reduceat(samples.astype(np.float64) ** 2, starts)
+    def loud(self, samples: NDArray[np.float32], loudest: float = 0.0) -> slice | None:
+        """From the first loud frame to the last, with a margin; ``None`` if there is none.
+
+        ``loudest`` is the energy of a frame that was heard before.
+        """
+        energies = self.energies(samples)
         # Of a whole frame, also where the last is shorter: one loud sample at the end is not a loud frame.
-        loud = np.flatnonzero(energies > energies.max() * QUIET**2)
-        if loud.size == 0:
-            return slice(0, min(samples.size, 2 * margin))
-        return slice(max(0, int(starts[loud[0]]) - margin), min(samples.size, int(starts[loud[-1]]) + frame + margin))
+        frames = np.flatnonzero(energies > max(loudest, float(energies.max())) * QUIET**2)
+        if frames.size == 0:
+            return None
+        begin, end = int(frames[0]) * self._frame, (int(frames[-1]) + 1) * self._frame
+        return slice(max(0, begin - self._margin), min(samples.size, end + self._margin))
 
-    def _fade(self, size: int) -> NDArray[np.float32]:
-        gain = np.ones(size, np.float32)
-        steps = min(round(FADE_S * self.sample_rate_hz), size // 2)
+    def energies(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Of each frame."""
+        # In double precision: the square of a very large or very small sample would not fit in single.
+        energies: NDArray[np.float64] = np.add.reduceat(
+            samples.astype(np.float64) ** 2, np.arange(0, samples.size, self._frame)
+        )
+        return energies
+
+    def faded(self, samples: NDArray[np.float32], *, into: bool, out: bool) -> NDArray[np.float32]:
+        gain = np.ones(samples.size, np.float32)
+        steps = min(round(FADE_S * self.sample_rate_hz), samples.size // 2)
         # A raised cosine: neither the level nor its slope jumps.
         rise = (0.5 - 0.5 * np.cos(np.pi * np.arange(steps) / max(1, steps))).astype(np.float32)
-        gain[:steps] = rise
-        gain[size - steps :] = rise[::-1]
-        return gain
+        if into:
+            gain[:steps] = rise
+        if out:
+            gain[samples.size - steps :] = rise[::-1]
+        return samples * gain
+
+    def pause(self, pause_s: float) -> NDArray[np.float32]:
+        return np.zeros(round(pause_s * self.sample_rate_hz), np.float32)
+
+    @property
+    def _frame(self) -> int:
+        return max(1, round(FRAME_S * self.sample_rate_hz))
+
+    @property
+    def _margin(self) -> int:
+        return round(MARGIN_S * self.sample_rate_hz)
+
+
+class InParts:
+    """One piece that comes in parts, as ``Joints.join`` joins a whole, as far as a part can tell.
+
+    What is silence is measured by the loudest so far. Silence between two parts stays, for sound may follow it.
+    """
+
+    def __init__(self, joints: Joints) -> None:
+        self._joints = joints
+        self._begun = False
+        self._loudest = 0.0
+
+    def join(self, samples: NDArray[np.float32], *, last: bool, pause_s: float) -> NDArray[np.float32]:
+        """What to hear of the next part; ``pause_s`` of silence after the ``last``. A beginning of silence is none."""
+        if last and not self._begun:
+            return self._joints.join(samples, pause_s)
+        if not _is_sound(samples):
+            return np.concatenate((samples, self._joints.pause(pause_s))) if last else samples
+        loud = self._joints.loud(samples, self._loudest)
+        self._loudest = max(self._loudest, float(self._joints.energies(samples).max()))
+        if not self._begun and loud is None:
+            return samples[:0]
+        begin = 0 if self._begun or loud is None else loud.start
+        end = samples.size if not last else 0 if loud is None else loud.stop
+        kept = self._joints.faded(samples[begin:end], into=not self._begun, out=last)
+        self._begun = True
+        return np.concatenate((kept, self._joints.pause(pause_s))) if last else kept
+
+
+def _is_sound(samples: NDArray[np.float32]) -> bool:
+    return samples.ndim == 1 and samples.size > 0 and bool(np.isfinite(samples).all())

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -42,12 +42,16 @@ class Closed(Busy):
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """One utterance of a request."""
+    """One utterance of a request, or the part of it that is ready."""
 
     samples: NDArray[np.float32]
     synthesis_s: float
     """Of the engine's time; what several have at once is shared evenly."""
     remarks: tuple[Failure, ...]
+    given: int = 0
+    """Samples of it that were heard before these."""
+    last: bool = True
+    """Nothing of this utterance comes after it."""
 
 
 @dataclass(eq=False, slots=True)
@@ -78,6 +82,8 @@ class Job:
     position: int
     admitted_s: float
     waiting_since_s: float
+    listens: bool = False
+    """It wants to hear the beginning of an utterance before its end is there."""
     begun_s: float = math.nan
     heard_s: float = -math.inf
     """When its reader last took a sound."""
@@ -86,6 +92,8 @@ class Job:
     in_hand: list[Piece] = field(default_factory=list)
     ended: dict[int, Spoken | Exception] = field(default_factory=dict)
     """What became of the pieces that nobody has heard of yet, by their number."""
+    given: dict[int, deque[NDArray[np.float32]]] = field(default_factory=lambda: defaultdict(deque))
+    """Of pieces in hand, what is ready and nobody has heard of yet, by their number."""
     error: Exception | None = None
     """Why nothing more comes of it, whatever its pieces become."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,6 +115,11 @@ class Job:
                 if piece.number > number:
                     piece.errand.drop()
         self.ended[number] = outcome
+        self.news.set()
+
+    def give(self, number: int, samples: NDArray[np.float32]) -> None:
+        """Part of a piece is ready."""
+        self.given[number].append(samples)
         self.news.set()
 
     def drop(self) -> None:
@@ -148,7 +161,7 @@ class Place:
         return until_s - self._job.admitted_s
 
     async def __aiter__(self) -> AsyncIterator[Spoken]:
-        """Each utterance's sound, in order.
+        """Each utterance's sound, in order; of one that is given in parts, each as soon as it is there.
 
         Raises:
             WaitedTooLong, Closed: ask again later.
@@ -156,17 +169,23 @@ class Place:
         """
         job = self._job
         while True:
-            while (outcome := job.ended.get(job.heard_count)) is not None:
+            while parts := job.given[job.heard_count]:
+                job.heard_s = time.monotonic()
+                yield Spoken(parts.popleft(), 0.0, (), last=False)
+            while not job.given[job.heard_count] and (outcome := job.ended.get(job.heard_count)) is not None:
                 if isinstance(outcome, Exception):
                     raise outcome
                 if len(job.ended) == AHEAD:
                     # Until now it was its reader who let it wait, not the engine.
                     job.waiting_since_s = time.monotonic()
                 del job.ended[job.heard_count]
+                del job.given[job.heard_count]
                 job.heard_count += 1
                 job.heard_s = time.monotonic()
                 self._queue.go_on()
                 yield outcome
+            if job.given[job.heard_count]:
+                continue
             if job.error is not None:
                 raise job.error
             if not job.utterances and not job.in_hand:

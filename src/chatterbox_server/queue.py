@@ -10,7 +10,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from chatterbox_server import crew
 from chatterbox_server.engine import Engine, EngineBroken, Errand, GpuMemory, Utterance
@@ -154,11 +154,13 @@ class EngineQueue:
         client: str = "",
         max_wait_s: float | None = None,
         waited_s: float = 0.0,
+        listens: bool = False,
     ) -> Place:
         """A place for a request of one or more ``utterances``, to be entered with ``async with``.
 
         ``client`` shares the engine fairly with other clients. ``max_wait_s`` may be shorter than the queue's
-        own. ``waited_s`` was spent in other queues, and shortens the wait here.
+        own. ``waited_s`` was spent in other queues, and shortens the wait here. One that ``listens`` is given the
+        beginning of an utterance before its end is there, by an engine that can.
 
         Raises:
             QueueFull, Closed: ask again later.
@@ -180,6 +182,7 @@ class EngineQueue:
             position=waiting + len({id(piece.job) for piece in self._in_hand}),
             admitted_s=now_s,
             waiting_since_s=now_s,
+            listens=listens,
         )
         self._jobs.append(job)
         self.go_on()
@@ -263,9 +266,13 @@ class EngineQueue:
         if not job.begun:
             job.begun_s = now_s
         loop = asyncio.get_running_loop()
-        errand = Errand(lambda: _tell(loop, self.go_on))
-        utterance = job.utterances.popleft()
-        piece = Piece(job, job.begun_count, utterance, claim, errand, now_s, self._time.come(now_s))
+        number, utterance = job.begun_count, job.utterances.popleft()
+        errand = Errand(
+            lambda: _tell(loop, self.go_on),
+            # What follows is spoken while the first is heard.
+            (lambda samples: _tell(loop, job.give, number, samples)) if job.listens and number == 0 else None,
+        )
+        piece = Piece(job, number, utterance, claim, errand, now_s, self._time.come(now_s))
         job.begun_count += 1
         job.in_hand.append(piece)
         self._in_hand.append(piece)
@@ -283,7 +290,7 @@ class EngineQueue:
         if not isinstance(outcome, Exception):
             self.measured(chars, work_s=end.work_s, share_s=share_s)
             self.spoken += 1
-            spoken = Spoken(outcome.samples, share_s, outcome.remarks)
+            spoken = Spoken(outcome.samples, share_s, outcome.remarks, given=piece.errand.given)
             job.end(piece.number, spoken)
             self._on_spoken(spoken)
         elif isinstance(outcome, EngineBroken):
@@ -328,7 +335,7 @@ class EngineQueue:
         return max(self._remaining_s(job, now_s), *to_come_s, *in_hand_s)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *about: Any) -> None:
     # The loop closes before a stuck engine returns: then nobody is left to tell.
     with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(what)
+        loop.call_soon_threadsafe(what, *about)

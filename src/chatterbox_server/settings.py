@@ -125,8 +125,9 @@ class Settings(BaseModel):
     port: Annotated[int, Field(ge=1, le=65535)] = 6093
     """Port to bind, once the engine has spoken its first words."""
 
-    engine: Literal["stock", "espeak"] = "stock"
-    """``stock`` is the real chatterbox-tts; ``espeak`` is an offline stand-in without GPU or weights."""
+    engine: Literal["stock", "fast", "espeak"] = "stock"
+    """``stock`` is the real chatterbox-tts; ``fast`` is its model, many utterances at once; ``espeak`` is an offline
+    stand-in without GPU or weights."""
 
     model: Literal["chatterbox", "turbo", "multilingual"] = "chatterbox"
     """Which of the models of chatterbox-tts the stock engine loads."""
@@ -148,6 +149,9 @@ class Settings(BaseModel):
 
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Whether the stock engine begins an utterance while it ends another; ``auto`` is where it has two GPUs."""
+
+    max_batch: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Utterances that the fast engine speaks at once; 0 is as many as the GPU's memory holds, 64 at most."""
 
     voices_dir: Directory | None = None
     """``NAME.wav`` (flac, ogg, mp3) here is voice NAME; ``None`` leaves the built-in voice."""

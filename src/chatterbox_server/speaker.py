@@ -32,7 +32,7 @@ Speak = Callable[[Engine, Utterance, Errand, Callable[[], None]], Sound]
 def speak(
     engine: Engine, utterance: Utterance, errand: Errand, free: Callable[[], None], *, check_duration: bool = True
 ) -> Sound:
-    """Speak ``utterance``, once more if it came out too short or too long for its text.
+    """Speak ``utterance``, once more if it came out too short or too long for its text and nobody has heard of it yet.
 
     ``free`` has the engine give memory back, as soon as it has nothing else in hand.
 
@@ -40,7 +40,8 @@ def speak(
         Dropped, Refused, EngineError: as the engine does; ``OutOfMemory`` only if smaller bites did not fit either.
     """
     samples, remarks = _in_memory(engine, utterance, errand, free)
-    if not check_duration or _plausible(engine, utterance, samples):
+    # What somebody has heard already is not said again.
+    if not check_duration or errand.given or _plausible(engine, utterance, samples):
         return Sound(samples, remarks)
     errand.check()
     # The model sometimes stops early or rambles on; other dice seldom do it again.
@@ -60,8 +61,9 @@ def _in_memory(
     try:
         return engine.synthesize(utterance, errand), ()
     except OutOfMemory:
-        # Outside this handler, whose exception holds the frames that hold the memory.
-        pass
+        if errand.given:
+            raise
+    # Outside that handler, whose exception holds the frames that hold the memory.
     free()
     halves = text.split(
         utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)

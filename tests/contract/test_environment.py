@@ -52,6 +52,8 @@ def test_the_server_understands_every_golden_unit(case: str) -> None:
 
 def test_a_unit_tells_every_setting_there_is() -> None:
     server = """
+engine = 'fast'
+max_batch = 8
 weights = '/w'
 api_keys_file = '/k'
 cors_origins = ['https://a.example', '*']
@@ -62,6 +64,7 @@ aliases = { a = 'b', c = 'd' }
     environment = told(render.render(resolved, Templates(), source="f"), instance)
 
     read = Settings.from_environ(environment)
+    assert (read.engine, read.max_batch) == ("fast", 8)
     assert read.api_keys_file == Path("/run/credentials/chatterbox-tts-gpu0.service/api-keys")
     assert read.cors_origins == ("https://a.example", "*")
     assert read.aliases == {"a": "b", "c": "d"}

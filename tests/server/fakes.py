@@ -53,8 +53,10 @@ class FakeEngine:
     languages: tuple[str, ...] = ("en", "de")
     defaults = Sampling()
 
-    def __init__(self, *, held: bool = False, places: int = 1) -> None:
+    def __init__(self, *, held: bool = False, places: int = 1, in_parts: bool = False) -> None:
         self.places = places
+        self.in_parts = in_parts
+        """To those who listen each third is given as soon as it is there."""
         self.heard: list[Utterance] = []
         self.freed = 0
         self.held = held
@@ -96,7 +98,17 @@ class FakeEngine:
                 return np.array([0.0, np.nan], np.float32)
             case "nothing":
                 return np.zeros(0, np.float32)
-        return noise(utterance)
+        return self._in_parts(utterance, errand) if self.in_parts and errand.listens else noise(utterance)
+
+    def _in_parts(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+        first, second, third = np.split(noise(utterance), 3)
+        for part in (first, second):
+            errand.give(part)
+            if self.held:
+                assert self._go.acquire(timeout=PATIENCE_S), "nobody let the engine go on"
+            if utterance.text == "break off":
+                raise EngineError("the fan is stuck")
+        return third
 
 
 def noise(utterance: Utterance) -> NDArray[np.float32]:

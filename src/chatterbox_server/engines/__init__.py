@@ -15,6 +15,10 @@ def load(settings: Settings) -> Engine:
             from chatterbox_server.engines import espeak
 
             return espeak.load()
+        case "fast":
+            from chatterbox_server.engines import fast
+
+            return fast.load(settings)
         case "stock":
             from chatterbox_server.engines import stock
 

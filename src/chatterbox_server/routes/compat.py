@@ -310,10 +310,11 @@ def _accepts_sound(request: Request) -> bool:
 async def _kept(request: Request, service: Service, script: Script) -> Response:
     """Speak all of ``script`` into a file, piece by piece, and say where it is."""
     rate_hz = service.queue.engine.sample_rate_hz
+    script = dataclasses.replace(script, streamed=False)
     with await asyncio.to_thread(service.results.begin, script.audio_format, rate_hz) as unfinished:
         try:
             async with delivery.speak(request, service, script) as (spoken, listener):
-                while (samples := await listener.waits_for(spoken.next_piece())) is not None:
+                while (samples := await listener.waits_for(spoken.next_part())) is not None:
                     await asyncio.to_thread(unfinished.write, samples)
         except delivery.ClientLeft:
             return delivery.left(request)

@@ -81,8 +81,9 @@ class SpeechRequest(BaseModel):
     """Other than 1.0 only where the engine can."""
     instructions: str | None = None
     """Accepted and ignored: Chatterbox takes its manner from the voice and from exaggeration."""
-    stream_format: Literal["audio", "sse"] = "audio"
-    """The sound itself, or OpenAI's server-sent events with the sound in base64."""
+    stream_format: Literal["audio", "sse"] | None = None
+    """Have the sound leave as soon as it is there: as it is, or as OpenAI's server-sent events in base64. Without it a
+    long text is streamed, and a short one comes whole, with its length."""
 
     language: str | None = None
     """Language code; without it the engine's own (English)."""
@@ -174,6 +175,7 @@ def complete(asked: SpeechRequest, service: Service) -> Script:
         pauses_s=[piece.pause_s for piece in pieces],
         audio_format=asked.response_format,
         as_events=asked.stream_format == "sse",
+        streamed=asked.stream_format is not None or len(pieces) > 1,
         max_wait_s=asked.max_wait_s,
     )
 

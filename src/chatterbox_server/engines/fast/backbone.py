@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-Bias = torch.Tensor | None
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """Matrices are (out, in), as ``functional.linear`` takes them."""
 
     qkv: torch.Tensor
-    qkv_bias: Bias
+    qkv_bias: torch.Tensor | None
     out: torch.Tensor
-    out_bias: Bias
+    out_bias: torch.Tensor | None
     up: torch.Tensor
     """Gated: the gate's rows, then those of what it lets through."""
-    up_bias: Bias
+    up_bias: torch.Tensor | None
     down: torch.Tensor
-    down_bias: Bias
+    down_bias: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Cache:
 
     @property
     def positions(self) -> int:
-        return self.keys.shape[3]
+        return int(self.keys.shape[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +46,7 @@ class Backbone:
     layers: tuple[Layer, ...]
     head: torch.Tensor
     """To logits, the last norm's gain in it; ``(tokens, dim)``."""
-    head_bias: Bias
+    head_bias: torch.Tensor | None
     heads: int
     head_dim: int
     eps: float
@@ -66,7 +64,7 @@ class Backbone:
 
     @property
     def dim(self) -> int:
-        return self.head.shape[1]
+        return int(self.head.shape[1])
 
     def cache(self, rows: int, positions: int) -> Cache:
         shape = (len(self.layers), rows, self.heads, positions, self.head_dim)
@@ -194,7 +192,9 @@ def _folded_head(head: Any, norm: Any, dtype: torch.dtype) -> dict[str, Any]:
     return {"head": weight, "head_bias": bias}
 
 
-def _folded(weight: torch.Tensor, bias: Bias, norm: Any, dtype: torch.dtype) -> tuple[torch.Tensor, Bias]:
+def _folded(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: Any, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """W (g x + b) + c = (W g) x + (W b + c)."""
     shift = getattr(norm, "bias", None)
     if shift is not None:
@@ -202,6 +202,8 @@ def _folded(weight: torch.Tensor, bias: Bias, norm: Any, dtype: torch.dtype) -> 
     return _plain(weight * norm.weight, bias, dtype)
 
 
-def _plain(weight: torch.Tensor, bias: Bias, dtype: torch.dtype) -> tuple[torch.Tensor, Bias]:
+def _plain(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     kept = None if bias is None else bias.detach().to(dtype)
     return weight.detach().to(dtype).contiguous(), kept

@@ -4,21 +4,19 @@ What does not change from step to step (time, speaker, prompt, the encoder's wor
 solver and time itself are float32 whatever the network computes in.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.encoder import Encoder
-from chatterbox_server.engines.fast.layers import Attention, Compile, Lengths, Linear, Norm, attend, compiled, windows
+from chatterbox_server.engines.fast.layers import Attention, Kernels, Lengths, Linear, Norm, attend, windows
 
 BANDS: Final = 80
 """Of the mel spectrogram."""
-
-Gelu = Literal["exact", "tanh"]
-"""``tanh`` lets cuBLAS apply it to a product as it is made; it is not quite what the network was trained with."""
 
 
 class Asked(NamedTuple):
@@ -52,8 +50,7 @@ class Flow:
         encoder_dtype: Any,
         dtype: Any,
         attention: Attention = "mask",
-        compile: Compile = "off",  # noqa: A002 (torch's word)
-        gelu: Gelu = "exact",
+        kernels: Kernels = "torch",
     ) -> None:
         weight = flow.input_embedding.weight
         self._embedding = weight.detach().to(encoder_dtype)
@@ -65,14 +62,12 @@ class Flow:
         if not meanflow and flow.decoder.t_scheduler == "cosine":
             times = 1 - torch.cos(times * 0.5 * torch.pi)
         self._paces: list[float] = (times[1:] - times[:-1]).tolist()
-        self._estimator = Estimator(
-            flow.decoder.estimator, times, dtype=dtype, attention=attention, compile=compile, gelu=gelu
-        )
+        self._estimator = Estimator(flow.decoder.estimator, times, dtype=dtype, attention=attention, kernels=kernels)
         self.frames_per_token: int = flow.token_mel_ratio
         self.tokens_ahead: int = flow.pre_lookahead_len
 
     def __call__(self, asked: Asked) -> Any:
-        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` there is nothing."""
+        """A mel spectrogram (batch, 2 * width, bands), float32; beyond ``asked.frames`` it may be anything."""
         width = asked.tokens.shape[1] * self.frames_per_token
         steps = torch.arange(width, device=asked.tokens.device)
         inside = steps[: asked.tokens.shape[1]] < asked.lengths[:, None]
@@ -94,7 +89,7 @@ class Flow:
             if self._guidance is not None:
                 slope = (1 + self._guidance) * slope[:batch] - self._guidance * slope[batch:]
             x = x + pace * slope
-        return x * lengths.valid[..., None]
+        return x
 
 
 class Estimator:
@@ -110,8 +105,7 @@ class Estimator:
         *,
         dtype: Any,
         attention: Attention,
-        compile: Compile,  # noqa: A002
-        gelu: Gelu,
+        kernels: Kernels,
     ) -> None:
         if not estimator.causal or len(estimator.down_blocks) != 1:
             msg = "cannot run an estimator that looks ahead, or works at several resolutions"
@@ -119,14 +113,15 @@ class Estimator:
         self._dtype = dtype
         groups = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
         embedded = _embedded(estimator, times)
-        resnet, attending = compiled(_resnet, compile), compiled(_into_heads, compile)
-        finish = compiled(_after_attention if gelu == "exact" else _after_attention_tanh, compile)
-        self._resnets = [_Resnet(group[0], embedded, dtype, resnet) for group in groups]
+        layers: Layers = _InTorch(attention) if kernels == "torch" else _InTriton(attention)
+        self._layers = layers
+        self._resnets = [_Resnet(group[0], embedded, dtype, layers) for group in groups]
         self._entrance = _Entrance(self._resnets[0])
-        self._blocks = [[_Block(block, dtype, attention, attending, finish) for block in group[1]] for group in groups]
+        self._blocks = [[_weights(block, dtype) for block in group[1]] for group in groups]
         self._down = Linear.over_time(estimator.down_blocks[0][2], dtype)
         self._up = Linear.over_time(estimator.up_blocks[0][2], dtype)
         self._last, self._last_norm = _convolution(estimator.final_block, dtype)
+        self._nothing = torch.zeros_like(self._last_norm[1])
         self._out = Linear.of(estimator.final_proj, dtype)
 
     def constant(self, told: Any, *, guided: bool) -> tuple[Any, Any]:
@@ -143,13 +138,11 @@ class Estimator:
             x = self._attended(self._resnets[at](x, step), at, lengths)
         x = self._resnets[-1](torch.cat((x, skip), dim=-1), step)
         x = self._up(windows(self._attended(x, -1, lengths), 2))
-        x = functional.mish(self._last_norm(self._last(windows(x, 2))))
+        x = self._layers.convolution(x, self._last, self._last_norm, self._nothing)
         return self._out(x).float()
 
     def _attended(self, x: Any, at: int, lengths: Lengths) -> Any:
-        for block in self._blocks[at]:
-            x = block(x, lengths)
-        return x
+        return self._layers.blocks(x, lengths, self._blocks[at])
 
 
 def _embedded(estimator: Any, times: Any) -> Any:
@@ -161,28 +154,31 @@ def _embedded(estimator: Any, times: Any) -> Any:
     return estimator.time_embed_mixer(torch.cat((begin, end), dim=1))
 
 
-def _convolution(block: Any, dtype: Any) -> tuple[Linear, Norm]:
-    return Linear.over_time(block.block[0], dtype), Norm.of(block.block[2], dtype)
+def _convolution(block: Any, dtype: Any) -> tuple[tuple[Any, Any], tuple[Any, Any, float]]:
+    """Weight and bias; those of its norm, and what keeps it from dividing by nothing."""
+    layer, norm = Linear.over_time(block.block[0], dtype), Norm.of(block.block[2], dtype)
+    return (layer.weight, layer.bias), (norm.weight, norm.bias, norm.eps)
 
 
 class _Resnet:
     """Two convolutions, with the time of the step between them."""
 
-    def __init__(self, resnet: Any, embedded: Any, dtype: Any, run: Callable[..., Any]) -> None:
+    def __init__(self, resnet: Any, embedded: Any, dtype: Any, layers: "Layers") -> None:
         times = resnet.mlp(embedded).to(dtype)
         self._times = [times[step].clone() for step in range(len(times))]
-        self.first, norm_1 = _convolution(resnet.block1, dtype)
-        second, norm_2 = _convolution(resnet.block2, dtype)
+        self.first, self._norm_1 = _convolution(resnet.block1, dtype)
+        self._second, self._norm_2 = _convolution(resnet.block2, dtype)
         self.beside = Linear.of(resnet.res_conv, dtype)
-        self._rest = (norm_1.weight, norm_1.bias, second.weight, second.bias, norm_2.weight, norm_2.bias, norm_1.eps)
-        self._run = run
+        self._layers = layers
 
     def __call__(self, x: Any, step: int) -> Any:
-        return self.told(self.first(windows(x, 2)), self.beside(x), step)
+        inner = self._layers.convolution(x, self.first, self._norm_1, self._times[step])
+        return self._layers.convolution(inner, self._second, self._norm_2, self.beside(x))
 
     def told(self, first: Any, beside: Any, step: int) -> Any:
         """What comes after the first convolution, and the one beside both."""
-        return self._run(first, beside, self._times[step], self._rest)
+        inner = self._layers.mish(first, self._norm_1, self._times[step])
+        return self._layers.convolution(inner, self._second, self._norm_2, beside)
 
 
 class _Entrance:
@@ -190,9 +186,9 @@ class _Entrance:
 
     def __init__(self, resnet: _Resnet) -> None:
         self._resnet = resnet
-        first, beside = resnet.first, resnet.beside
-        by_time = first.weight.unflatten(1, (3, -1))
-        self._first = Linear(by_time[..., BANDS:].flatten(1).contiguous(), first.bias)
+        (weight, bias), beside = resnet.first, resnet.beside
+        by_time = weight.unflatten(1, (3, -1))
+        self._first = Linear(by_time[..., BANDS:].flatten(1).contiguous(), bias)
         self._beside = Linear(beside.weight[:, BANDS:].contiguous(), beside.bias)
         self._first_of_x = Linear(by_time[..., :BANDS].flatten(1).contiguous(), None)
         self._beside_of_x = Linear(beside.weight[:, :BANDS].contiguous(), None)
@@ -211,56 +207,106 @@ class _Entrance:
         return self._resnet.told(first, beside + self._beside_of_x(x).repeat(turns), step)
 
 
-def _resnet(x: Any, beside: Any, time: Any, weights: tuple[Any, ...]) -> Any:
-    weight_1, bias_1, second, second_bias, weight_2, bias_2, eps = weights
-    x = functional.mish(functional.layer_norm(x, weight_1.shape, weight_1, bias_1, eps)) + time
-    x = functional.linear(windows(x, 2), second, second_bias)
-    return functional.mish(functional.layer_norm(x, weight_2.shape, weight_2, bias_2, eps)) + beside
+class Weights(NamedTuple):
+    """Of the package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
+
+    heads: int
+    before: tuple[Any, ...]
+    """Norm: weight, bias, eps."""
+    into: Any
+    """Queries, keys and values."""
+    out: Linear
+    between: tuple[Any, ...]
+    """Norm."""
+    widen: Linear
+    narrow: Linear
 
 
-class _Block:
-    """The package's ``BasicTransformerBlock``: attention, then a feed-forward, each over its input's norm."""
+def _weights(block: Any, dtype: Any) -> Weights:
+    before, between = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
+    return Weights(
+        heads=block.attn1.heads,
+        before=(before.weight, before.bias, before.eps),
+        into=Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype),
+        out=Linear.of(block.attn1.to_out[0], dtype),
+        between=(between.weight, between.bias, between.eps),
+        widen=Linear.of(block.ff.net[0].proj, dtype),
+        narrow=Linear.of(block.ff.net[2], dtype),
+    )
 
-    def __init__(
-        self, block: Any, dtype: Any, attention: Attention, begin: Callable[..., Any], finish: Callable[..., Any]
-    ) -> None:
+
+# -- whose layers ----------------------------------------------------------------------------------------------
+
+
+class Layers(Protocol):
+    """What the estimator is made of."""
+
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        """Over a frame and the two before it, then ``mish``."""
+        ...
+
+    def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
+        """Mish of the norm, plus ``added``: for all frames, or for each."""
+        ...
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any: ...
+
+
+class _InTorch:
+    """As it is written."""
+
+    def __init__(self, attention: Attention) -> None:
         self._attention = attention
-        self._heads = block.attn1.heads
-        norm_1, norm_3 = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
-        into = Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype)
-        self._first = (norm_1.weight, norm_1.bias, into.weight, norm_1.eps)
-        out, widen, narrow = (
-            Linear.of(module, dtype) for module in (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
-        )
-        self._rest = (
-            *(out.weight, out.bias, norm_3.weight, norm_3.bias),
-            *(widen.weight, widen.bias, narrow.weight, narrow.bias, norm_3.eps),
-        )
-        self._begin, self._finish = begin, finish
 
-    def __call__(self, x: Any, lengths: Lengths) -> Any:
-        heads = self._begin(x, self._first).unflatten(-1, (3, self._heads, -1))
-        queries, keys, values = heads.unbind(2)
-        attended = attend(queries, keys, values, lengths, self._attention)
-        return self._finish(x, attended.flatten(2), self._rest)
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        return self.mish(functional.linear(windows(x, 2), *first), norm, added)
+
+    def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
+        return functional.mish(_normed(x, norm)) + added
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
+        for block in blocks:
+            x = x + block.out(_attended(_normed(x, block.before), lengths, block, self._attention))
+            x = x + block.narrow(functional.gelu(block.widen(_normed(x, block.between))))
+        return x
 
 
-def _into_heads(x: Any, weights: tuple[Any, ...]) -> Any:
-    weight, bias, into, eps = weights
-    return functional.linear(functional.layer_norm(x, weight.shape, weight, bias, eps), into)
+class _InTriton:
+    """In fewer kernels: a residual is added where the next norm reads it, and GELU applied by its product's kernel.
+
+    Of GELU cuBLAS knows the tanh form, whose error is below that of bf16.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        from chatterbox_server.engines.fast import tiles
+
+        self._attention, self._tiles = attention, tiles
+        self.mish = tiles.norm_mish
+
+    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+        return self._tiles.norm_mish(functional.linear(self._tiles.windows(x), *first), norm, added)
+
+    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
+        normed = self._tiles.norm(x, blocks[0].before)
+        for block, after in zip_longest(blocks, blocks[1:]):
+            made = block.out(_attended(normed, lengths, block, self._attention))
+            x, normed = self._tiles.add_norm(x, made, block.between)
+            wide = torch._addmm_activation(  # noqa: SLF001 (the only name of it)
+                block.widen.bias, normed.flatten(0, 1), block.widen.weight.t(), use_gelu=True
+            )
+            made = block.narrow(wide).unflatten(0, x.shape[:2])
+            if after is None:
+                x = x + made
+            else:
+                x, normed = self._tiles.add_norm(x, made, after.before)
+        return x
 
 
-def _after_attention(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
-    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
-    x = x + functional.linear(attended, out, out_bias)
-    normed = functional.layer_norm(x, weight.shape, weight, bias, eps)
-    return x + functional.linear(functional.gelu(functional.linear(normed, widen, widen_bias)), narrow, narrow_bias)
+def _normed(x: Any, norm: tuple[Any, ...]) -> Any:
+    weight, bias, eps = norm
+    return functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def _after_attention_tanh(x: Any, attended: Any, weights: tuple[Any, ...]) -> Any:
-    out, out_bias, weight, bias, widen, widen_bias, narrow, narrow_bias, eps = weights
-    x = x + functional.linear(attended, out, out_bias)
-    normed = functional.layer_norm(x, weight.shape, weight, bias, eps).flatten(0, 1)
-    # Only thus does cuBLAS add the bias and bend the sum in the product's own kernel.
-    hidden = torch._addmm_activation(widen_bias, normed, widen.t(), use_gelu=True)  # noqa: SLF001
-    return x + functional.linear(hidden, narrow, narrow_bias).unflatten(0, x.shape[:2])
+def _attended(x: Any, lengths: Lengths, block: Weights, how: Attention) -> Any:
+    queries, keys, values = block.into(x).unflatten(-1, (3, block.heads, -1)).unbind(2)
+    return attend(queries, keys, values, lengths, how).flatten(2)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """T3's step in Triton: the arithmetic of ``backbone`` and ``sampling`` for one position a row, in few launches.
 
 A step moves every weight once and computes next to nothing, so what counts is bytes and launches. For a few rows each
@@ -9,8 +10,6 @@ asks for its weights before the one in front of it has ended. Many rows go throu
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-# ruff: noqa: N803 (Triton's constants are written so), ANN001, ANN201
 
 
 @triton.jit

@@ -3,29 +3,17 @@
 No random numbers, no shape that depends on a value, nothing read back from the device.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash", "cudnn", "full"]
-"""How padding is kept out of attention: a boolean mask (whichever kernel torch chooses), FlashAttention's variable
-lengths, cuDNN's kernel with the mask. ``full`` keeps nothing out: right only where every row fills its bucket, and the
-floor to measure the others by."""
+Attention = Literal["mask", "flash", "cudnn"]
+"""How padding is kept out of attention: a boolean mask, or on CUDA in 16 bits lengths, by FlashAttention or cuDNN."""
 
-Compile = Literal["off", "static", "dynamic"]
-
-
-def compiled(function: Callable[..., Any], how: Compile) -> Callable[..., Any]:
-    """``function`` with its pointwise parts fused: for each shape anew, or once for all of them."""
-    if how == "off":
-        return function
-    # Eight shapes of each are its default, after which it refuses.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # noqa: SLF001
-    made: Callable[..., Any] = torch.compile(function, dynamic=how == "dynamic", fullgraph=True)
-    return made
+Kernels = Literal["torch", "triton"]
+"""Whose the steps between products are, and the vocoder's convolutions: torch's, or ours (``tiles``), on CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +90,31 @@ class Lengths:
     def twice(self) -> "Lengths":
         """For the same batch with and without guidance, one after the other."""
         shifted = self.segments[1:] + self.segments[-1]
-        return Lengths(torch.cat((self.valid, self.valid)), torch.cat((self.segments, shifted)))
+        return Lengths(
+            torch.cat((self.valid, self.valid)),
+            torch.cat((self.segments, shifted)),
+        )
 
 
 def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
     """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how == "flash" and queries.is_cuda and queries.dtype != torch.float32:
-        return _flash(queries, keys, values, lengths)
-    mask = None if how == "full" else lengths.valid[:, None, None, :]
+    if how != "mask" and queries.is_cuda and queries.dtype != torch.float32:
+        return _packed(queries, keys, values, lengths, how)
     across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    if how == "cudnn" and queries.is_cuda and queries.dtype != torch.float32:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            attended = functional.scaled_dot_product_attention(*across, attn_mask=mask)
-    else:
-        attended = functional.scaled_dot_product_attention(*across, attn_mask=mask)
-    return attended.transpose(1, 2)
+    return functional.scaled_dot_product_attention(*across, attn_mask=lengths.valid[:, None, None, :]).transpose(1, 2)
 
 
-def _flash(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:
+def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
+    """Rows and padding as so many sequences one after another. Public in torch from 2.10 on, but for the choice."""
     batch, width = queries.shape[:2]
     packed = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-    ends = lengths.segments
-    attended = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 (the public name came with torch 2.10)
-        *packed, ends, ends, width, width, 0.0, False, False
-    )[0]
-    return attended.unflatten(0, (batch, width))
+    ends, aten = lengths.segments, torch.ops.aten
+    if how == "flash":
+        attended = aten._flash_attention_forward(*packed, ends, ends, width, width, 0.0, False, False)  # noqa: SLF001
+    else:
+        told = (None, ends, ends, width, width, True, 0.0, False, False)
+        attended = aten._cudnn_attention_forward(*packed, *told)  # noqa: SLF001
+    return attended[0].unflatten(0, (batch, width))
 
 
 NEVER: Final = float("-inf")

@@ -175,21 +175,23 @@ class Slots:
         return torch.tensor(list(numbers), dtype=torch.int64).to(self.device, non_blocking=True)
 
 
-def prompt(t3: Any, text: torch.Tensor, conditionals: Any) -> Prompt:
-    """What the package's ``T3`` is given before its loop; ``text`` as ``kinds`` makes it.
-
-    Any thread may ask; ``conditionals`` are a copy, for they are written into.
-    """
+def embedded(t3: Any, conditionals: Any) -> torch.Tensor:
+    """The voice and its manner as the package's ``T3`` reads them, (1, length, dim); ``conditionals`` are a copy."""
     with torch.inference_mode():
-        embeds, _ = t3.prepare_input_embeds(
-            t3_cond=conditionals,
-            text_tokens=text,
-            speech_tokens=torch.full_like(text[:, :1], t3.hp.start_speech_token),
-            # Whether, not how much: the second row loses its text.
-            cfg_weight=0.0 if t3.is_gpt else 1.0,
-        )
+        manner: torch.Tensor = t3.prepare_conditioning(conditionals)
+        return manner
+
+
+def prompt(t3: Any, text: torch.Tensor, manner: torch.Tensor) -> Prompt:
+    """What the package's ``T3`` reads before its loop; ``text`` as ``kinds`` makes it, ``manner`` as ``embedded``."""
+    with torch.inference_mode():
+        start = t3.speech_emb(torch.full_like(text[:, :1], t3.hp.start_speech_token))
+        said = t3.text_emb(text)
         if not t3.is_gpt:
-            start = t3.speech_emb(torch.full_like(text[:, :1], t3.hp.start_speech_token))
+            # Without text there is only where it would be.
+            said[1].zero_()
+            said = said + t3.text_pos_emb(text)
+            start = start + t3.speech_pos_emb.get_fixed_embedding(0)
             # T3.inference says the start twice.
-            embeds = torch.cat((embeds, start + t3.speech_pos_emb.get_fixed_embedding(0)), dim=1)
-        return Prompt(embeds.float())
+            start = torch.cat((start, start), dim=1)
+        return Prompt(torch.cat((manner.expand(len(said), -1, -1), said, start), dim=1).float())

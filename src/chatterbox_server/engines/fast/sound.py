@@ -4,16 +4,18 @@ A batch is padded to one of a few shapes, so that each shape is recorded once. W
 its tokens, voice and seed, and not on who shares its batch.
 """
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
-from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow, Gelu
-from chatterbox_server.engines.fast.layers import Attention, Compile
+from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow
+from chatterbox_server.engines.fast.layers import Attention, Kernels
 from chatterbox_server.engines.fast.recorded import Recording, Recordings
-from chatterbox_server.engines.fast.vocoder import Heard, Layout, Vocoder
+from chatterbox_server.engines.fast.vocoder import Heard, Vocoder
+from chatterbox_server.engines.fast.watermark import Sounds, Watermark
 
 SAMPLE_RATE_HZ: Final = 24_000
 
@@ -24,12 +26,13 @@ HELD: Final = 8
 FADE: Final = 4
 """Frames, of those held, over which one chunk passes into the next."""
 
-WIDTHS: Final = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536)
+WIDTHS: Final = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536)
 """Tokens, or frames of the vocoder by twos, that a batch is padded to; multiples of 16 suit attention's kernels."""
-BATCHES: Final = (1, 2, 4, 8, 16, 32)
+BATCHES: Final = (1, 2, 4, 8, 16)
 UNEVEN: Final = 1.5
 """Times that one utterance may be longer than another of its batch."""
-RECORDINGS_KEPT: Final = 64
+RECORDINGS_KEPT: Final = 3 * len(WIDTHS) * len(BATCHES)
+"""All there can be, of flow, vocoder and watermark: to record one again takes far longer than it saves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +43,23 @@ class How:
     estimator: Any = torch.float32
     vocoder: Any = torch.float32
     attention: Attention = "mask"
-    compile: Compile = "off"
-    gelu: Gelu = "exact"
-    layout: Layout = "channels"
+    kernels: Kernels = "torch"
+    """Where parts compute in 16 bits on CUDA; elsewhere torch's."""
     graphs: bool = True
+
+
+def how_for(device: str) -> How:
+    """What measured best (scripts/gpu/fast_sound.txt) on CUDA; elsewhere float32, as the package computes."""
+    if torch.device(device).type != "cuda":
+        return How()
+    kernels: Kernels = "triton" if importlib.util.find_spec("triton") else "torch"
+    return How(
+        encoder=torch.bfloat16,
+        estimator=torch.bfloat16,
+        vocoder=torch.float16,
+        attention="flash",
+        kernels=kernels,
+    )
 
 
 @dataclass(slots=True)
@@ -100,8 +116,20 @@ class _Share:
 class Sound:
     """S3Gen of one model. For one thread and one stream of CUDA, which need not be the default one."""
 
-    def __init__(self, s3gen: Any, *, device: str, flow_steps: int | None, how: How | None = None) -> None:
-        """``flow_steps`` as the package's ``inference`` takes them: ``None`` for the model's own."""
+    def __init__(
+        self,
+        s3gen: Any,
+        *,
+        device: str,
+        flow_steps: int | None,
+        how: How | None = None,
+        watermarker: Any = None,
+    ) -> None:
+        """``flow_steps`` as the package's ``inference`` takes them: ``None`` for the model's own.
+
+        What is said is marked as ``watermarker`` would, the package's, or not at all. A chunk is marked with what was
+        said before it and what is held back after it, so that it goes on as the one before would have.
+        """
         how = how or How()
         steps = flow_steps or (2 if s3gen.meanflow else 10)
         self.how = how
@@ -114,13 +142,15 @@ class Sound:
                 encoder_dtype=how.encoder,
                 dtype=how.estimator,
                 attention=how.attention,
-                compile=how.compile,
-                gelu=how.gelu,
+                kernels=self._kernels(how, how.estimator),
             )
-            self._vocoder = Vocoder(s3gen.mel2wav, dtype=how.vocoder, layout=how.layout, compile=how.compile)
+            self._vocoder = Vocoder(s3gen.mel2wav, dtype=how.vocoder, kernels=self._kernels(how, how.vocoder))
             self._rise = s3gen.trim_fade.detach().to(device)
             fade = FADE * self._vocoder.samples_per_frame
             self._fade = (1 - torch.cos(torch.linspace(0, torch.pi, fade, device=device))) / 2
+        self._watermark = (
+            None if watermarker is None else Watermark(watermarker, sample_rate_hz=SAMPLE_RATE_HZ, device=device)
+        )
         self.recordings = Recordings(device=device, kept=RECORDINGS_KEPT, record=how.graphs)
 
     def warm_up(self, shapes: Iterable[tuple[int, int, int]]) -> None:
@@ -136,7 +166,8 @@ class Sound:
                 "embedding": torch.ones(1, 192, device=self._device),
             }
             said = torch.zeros(tokens, dtype=torch.int64, device=self._device)
-            self.speak([Take(tokens=said, voice=voice, seed=0)] * batch)
+            for _ in range(2):
+                self.speak([Take(tokens=said, voice=voice, seed=0)] * batch)
 
     def speak(self, takes: Sequence[Take]) -> list[Any]:
         """What each take adds to its utterance: float32 samples on the device, not waited for; none if too early."""
@@ -199,11 +230,17 @@ class Sound:
 
     def _spoken(self, batch: Sequence[_Share]) -> list[Any]:
         mel = self._mel(batch).play()
-        samples, phases = self._heard(batch, mel).play()
+        heard = self._heard(batch, mel)
+        samples, phases = heard.play()
+        if self._watermark is not None:
+            # What is played next may write over it.
+            phases = phases.clone()
+            samples = self._marked(self._watermark, samples, heard.inputs.frames)
         return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
     def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
-        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch))
+        # One more, for to attention padding is a sequence, and not every kernel takes one of no length.
+        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch) + 1)
         recording = self.recordings.find(("flow", rows, width), self._flow, lambda: self._flow_blank(rows, width))
         asked = recording.inputs
         full = [*batch, *[batch[0]] * (rows - len(batch))]
@@ -211,7 +248,7 @@ class Sound:
             voice = share.take.voice
             own = share.tokens - len(share.take.tokens)
             asked.tokens[row, :own].copy_(voice["prompt_token"][0])
-            asked.tokens[row, own : share.tokens].copy_(share.take.tokens)
+            asked.tokens[row, own : share.tokens].copy_(self._here(share.take.tokens))
             asked.heard[row, : share.prompt].copy_(voice["prompt_feat"][0])
             asked.speaker[row].copy_(voice["embedding"][0])
         told = self._sent(
@@ -246,6 +283,15 @@ class Sound:
                 heard.phase[row].copy_(share.take.stream.phase)
         return recording
 
+    def _marked(self, watermark: Watermark, samples: Any, frames: Any) -> Any:
+        def blank() -> Sounds:
+            return Sounds(torch.zeros_like(samples), frames * self._vocoder.samples_per_frame)
+
+        recording = self.recordings.find(("mark", *samples.shape), watermark, blank)
+        recording.inputs.samples.copy_(samples)
+        torch.mul(frames, self._vocoder.samples_per_frame, out=recording.inputs.lengths)
+        return recording.play()
+
     def _from_mel(self, heard: Heard) -> tuple[Any, Any]:
         samples, phases = self._vocoder(heard)
         # As the package does, against what of the prompt spills over into the first frame.
@@ -268,9 +314,18 @@ class Sound:
             stream.phase = phases[share.end - share.begin].clone()
         return said
 
+    def _kernels(self, how: How, dtype: Any) -> Kernels:
+        return how.kernels if self._device.type == "cuda" and dtype != torch.float32 else "torch"
+
     def _sent(self, rows: Sequence[Sequence[int]]) -> Any:
         """To the device in one piece: (values of each row, rows)."""
-        return torch.tensor(rows, dtype=torch.int64).T.contiguous().to(self._device, non_blocking=True)
+        return self._here(torch.tensor(rows, dtype=torch.int64).T.contiguous())
+
+    def _here(self, told: Any) -> Any:
+        """On the device. From memory that is not pinned, a copy would wait for all that the stream still has to do."""
+        if told.device.type == "cpu" and self._device.type == "cuda":
+            told = told.pin_memory()
+        return told.to(self._device, non_blocking=True)
 
     def _flow_blank(self, rows: int, width: int) -> Asked:
         device, frames = self._device, width * self._flow.frames_per_token

@@ -1,7 +1,8 @@
 """T3's work in the sizes in which it is done: captured as CUDA graphs where there is a GPU, else done as it comes.
 
-A size is a number of slots that step together, or of prompts that are read together; what is fewer is filled up with the
-slot that is nobody's. Results come back behind an event, so that the next work is on its way before the last is known.
+A size is a number of slots that step together, or of prompts that are read together; what is fewer is filled up with
+the slot that is nobody's. Results come back behind an event, so that the next work is on its way before the last is
+known.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,17 +5,13 @@ The source's phase, the Fourier transforms at both ends and the sound itself are
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.layers import Compile, Linear, compiled, windows
-
-Layout = Literal["channels", "time"]
-"""What lies side by side in memory between convolutions: channels, as tensor cores read them, or time."""
+from chatterbox_server.engines.fast.layers import Kernels, Linear, windows
 
 DRAWN_AT_ONCE: Final = 4
 """Samples of the source's noise from one counter: its position counts these, its lane is the sample among them."""
@@ -41,21 +37,23 @@ class Heard(NamedTuple):
 class Vocoder:
     """Of the package's ``HiFTGenerator``, on the device where its weights are."""
 
-    def __init__(self, vocoder: Any, *, dtype: Any, layout: Layout = "channels", compile: Compile = "off") -> None:  # noqa: A002
+    def __init__(self, vocoder: Any, *, dtype: Any, kernels: Kernels = "torch") -> None:
         self._dtype = dtype
-        self._across = torch.channels_last if layout == "channels" else torch.contiguous_format
         self._slope, self._limit = vocoder.lrelu_slope, vocoder.audio_limit
-        snake, clear = compiled(_snake, compile), compiled(_leaky, compile)
-        self._clear = clear
+        self._mean = _tiled_mean if kernels == "triton" else _mean
         self.pitch = _Pitch(vocoder.f0_predictor)
         self.source = _Source(vocoder.m_source, vocoder.f0_upsamp.scale_factor)
-        self._before = self._convolution(vocoder.conv_pre)
-        self._ups = [self._convolution(up) for up in vocoder.ups]
-        self._downs = [self._convolution(down) for down in vocoder.source_downs]
-        self._source_blocks = [self._block(block, snake) for block in vocoder.source_resblocks]
-        blocks, each = [self._block(block, snake) for block in vocoder.resblocks], vocoder.num_kernels
+        self._before = _Convolution(vocoder.conv_pre, dtype)
+        self._ups = [_Convolution(up, dtype) for up in vocoder.ups]
+        self._downs = [_Convolution(down, dtype) for down in vocoder.source_downs]
+
+        def block(block: Any) -> "_Resblock | _Tiled":
+            return _Tiled(block, dtype) if kernels == "triton" else _Resblock(block, dtype)
+
+        self._source_blocks = [block(one) for one in vocoder.source_resblocks]
+        blocks, each = [block(one) for one in vocoder.resblocks], vocoder.num_kernels
         self._blocks = [blocks[at : at + each] for at in range(0, len(blocks), each)]
-        self._after = self._convolution(vocoder.conv_post)
+        self._after = _Convolution(vocoder.conv_post, dtype)
         self._rates = [up.stride[0] for up in vocoder.ups]
         points, hop = vocoder.istft_params["n_fft"], vocoder.istft_params["hop_len"]
         self._spectra = _Spectra(points, hop, vocoder.stft_window.to(self._before.weight.device))
@@ -70,45 +68,44 @@ class Vocoder:
 
     def _sound(self, mel: Any, source: Any, frames: Any) -> Any:
         spectrum = self._spectra.of(source, frames * self.samples_per_frame)
-        spectrum = self._across_time(spectrum.to(self._dtype))
-        x = self._before(self._across_time(mel.to(self._dtype)))
+        spectrum = _across_time(spectrum.to(self._dtype))
+        x = self._before(_across_time(mel.to(self._dtype)))
+        x = _mean(x, frames, _inside(x, frames), 1.0, self._slope)
         length, last = 1, len(self._ups) - 1
         for level, rate in enumerate(self._rates):
-            x = self._ups[level](self._clear(x, self._inside(x, frames, length, 0), self._slope))
             length *= rate
+            ends = frames * length + int(level == last)
+            x = self._ups[level](x)
             if level == last:
                 # The package's ReflectionPad1d((1, 0)).
                 x = torch.cat((x[..., 1:2], x), dim=-1)
-            inside = self._inside(x, frames, length, int(level == last))
-            drawn = self._source_blocks[level](self._downs[level](spectrum), inside)
-            x = x + drawn
-            x = torch.stack([block(x, inside) for block in self._blocks[level]]).mean(0)
-        x = self._after(self._clear(x, self._inside(x, frames, length, 1), 0.01)).squeeze(2).transpose(1, 2).float()
-        return self._spectra.back(x, frames * length + 1).clamp(-self._limit, self._limit)
+            inside = _inside(x, ends)
+            x = self._source_blocks[level](self._downs[level](spectrum), ends, inside, x)
+            sums = None
+            for block in self._blocks[level]:
+                sums = block(x, ends, inside, sums)
+            # The package's last one has torch's own slope.
+            x = self._mean(sums, ends, inside, 1 / len(self._blocks[level]), 0.01 if level == last else self._slope)
+        x = self._after(x).squeeze(2).transpose(1, 2).float()
+        return self._spectra.back(x, ends).clamp(-self._limit, self._limit)
 
-    def _across_time(self, x: Any) -> Any:
-        """(batch, time, channels) → (batch, channels, 1, time)."""
-        return x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=self._across)
 
-    @staticmethod
-    def _inside(x: Any, frames: Any, each: int, more: int) -> Any:
-        steps = torch.arange(x.shape[-1], device=x.device)
-        return (steps < (frames * each + more)[:, None])[:, None, None, :]
+def _across_time(x: Any) -> Any:
+    """(batch, time, channels) → (batch, channels, 1, time)."""
+    return x.transpose(1, 2).unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
-    def _convolution(self, module: Any) -> "_Convolution":
-        return _Convolution(module, self._dtype, self._across)
 
-    def _block(self, block: Any, snake: Callable[..., Any]) -> "_Resblock":
-        return _Resblock(block, self._convolution, snake, self._dtype)
+def _inside(x: Any, ends: Any) -> Any:
+    return (torch.arange(x.shape[-1], device=x.device) < ends[:, None])[:, None, None, :]
 
 
 class _Convolution:
-    """Along time, as torch's of two dimensions, whose memory may have the channels innermost."""
+    """Along time, as torch's of two dimensions, whose memory has the channels innermost, as tensor cores read them."""
 
-    def __init__(self, module: Any, dtype: Any, across: Any) -> None:
+    def __init__(self, module: Any, dtype: Any) -> None:
         # ``weight`` is a product where the package keeps norm and direction apart.
         weight = module.weight.detach().clone().to(dtype).unsqueeze(2)
-        self.weight = weight.contiguous(memory_format=across)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
         self._bias = module.bias.detach().to(dtype)
         self._stride, self._padding = (1, module.stride[0]), (0, module.padding[0])
         self._dilation = (1, module.dilation[0])
@@ -121,20 +118,59 @@ class _Convolution:
 
 
 class _Resblock:
-    def __init__(self, block: Any, convolution: Callable[[Any], _Convolution], snake: Any, dtype: Any) -> None:
-        self._snake = snake
+    def __init__(self, block: Any, dtype: Any) -> None:
         self._steps = [
-            (_bend(bend_1, dtype), convolution(first), _bend(bend_2, dtype), convolution(second))
+            (_bend(bend_1, dtype), _Convolution(first, dtype), _bend(bend_2, dtype), _Convolution(second, dtype))
             for bend_1, first, bend_2, second in zip(
                 block.activations1, block.convs1, block.activations2, block.convs2, strict=True
             )
         ]
 
-    def __call__(self, x: Any, inside: Any) -> Any:
+    def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
         """``x`` is let grow beyond its end, for nothing reads it there but what clears it first."""
+        del ends
         for bend_1, first, bend_2, second in self._steps:
-            x = x + second(self._snake(first(self._snake(x, *bend_1, inside)), *bend_2, inside))
-        return x
+            x = x + second(_snake(first(_snake(x, *bend_1, inside)), *bend_2, inside))
+        return x if summed is None else x + summed
+
+
+class _Tiled:
+    """The same by kernels of ours, which bend what they make while they have it in hand."""
+
+    def __init__(self, block: Any, dtype: Any) -> None:
+        from chatterbox_server.engines.fast import tiles
+
+        self._tiles = tiles
+        self._convolutions = [
+            (layer.weight.detach().to(dtype).permute(2, 0, 1).contiguous(), layer.bias.detach().to(dtype), dilation)
+            for pair in zip(block.convs1, block.convs2, strict=True)
+            for layer in pair
+            for dilation in layer.dilation
+        ]
+        self._bends = [
+            tuple(part.flatten() for part in _bend(snake, dtype))
+            for pair in zip(block.activations1, block.activations2, strict=True)
+            for snake in pair
+        ]
+
+    def __call__(self, x: Any, ends: Any, inside: Any, summed: Any = None) -> Any:
+        del inside
+        x, last = _to_time(x), len(self._convolutions) - 1
+        summed = None if summed is None else _to_time(summed)
+        bent = self._tiles.bent(x, ends, bend=self._bends[0])
+        for place, weights in enumerate(self._convolutions):
+            second, ended = bool(place % 2), place == last
+            made, bent = self._tiles.around(
+                bent,
+                weights,
+                ends,
+                beside=x if second else None,
+                summed=summed if ended else None,
+                bend=None if ended else self._bends[place + 1],
+                keep=second,
+            )
+            x = made if second else x
+        return _to_channels(x)
 
 
 def _bend(snake: Any, dtype: Any) -> tuple[Any, Any]:
@@ -146,8 +182,23 @@ def _snake(x: Any, alpha: Any, inverse: Any, inside: Any) -> Any:
     return torch.addcmul(x, inverse, torch.sin(x * alpha).square()) * inside
 
 
-def _leaky(x: Any, inside: Any, slope: float) -> Any:
-    return functional.leaky_relu(x, slope) * inside
+def _mean(sums: Any, _ends: Any, inside: Any, share: float, slope: float) -> Any:
+    return functional.leaky_relu(sums * share, slope) * inside
+
+
+def _tiled_mean(sums: Any, ends: Any, _inside: Any, share: float, slope: float) -> Any:
+    from chatterbox_server.engines.fast import tiles
+
+    return _to_channels(tiles.bent(_to_time(sums), ends, scale=share, slope=slope))
+
+
+def _to_time(x: Any) -> Any:
+    """(batch, channels, 1, time) → (batch, time, channels), which it already is in memory."""
+    return x.squeeze(2).transpose(1, 2).contiguous()
+
+
+def _to_channels(x: Any) -> Any:
+    return x.transpose(1, 2).unsqueeze(2)
 
 
 class _Pitch:

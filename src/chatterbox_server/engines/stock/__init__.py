@@ -5,8 +5,8 @@ between calls (the last voice, its exaggeration, the random generator, forward h
 utterance, so that none hears the one before or the one beside.
 """
 
-from chatterbox_server.engines.stock.engine import StockEngine, load
+from chatterbox_server.engines.stock.engine import Built, StockEngine, built, load
 from chatterbox_server.engines.stock.kinds import KINDS
 from chatterbox_server.engines.stock.placement import Placement, place
 
-__all__ = ["KINDS", "Placement", "StockEngine", "load", "place"]
+__all__ = ["KINDS", "Built", "Placement", "StockEngine", "built", "load", "place"]

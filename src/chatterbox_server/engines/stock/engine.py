@@ -1,18 +1,17 @@
 """The stock engine: a model of chatterbox-tts, its stages, and the threads on which they run."""
 
-import gc
 import importlib
 import logging
 import os
 from collections.abc import Mapping
-from importlib import metadata
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import EngineError, Errand, GpuMemory, Utterance
-from chatterbox_server.engines.stock import failures, lanes
+from chatterbox_server.engines.stock import cards, failures, lanes
 from chatterbox_server.engines.stock.failures import one_line
 from chatterbox_server.engines.stock.kinds import KINDS
 from chatterbox_server.engines.stock.placement import Placement, place
@@ -92,65 +91,33 @@ class StockEngine:
             torch.cuda.synchronize(card)
 
     def facts(self) -> Mapping[str, object]:
-        """Read back from torch, not from what it was told."""
-        import torch
-
         return {
             "weights": self._source,
             "devices": {"t3": self._placement.t3, "s3gen": self._placement.s3gen},
-            "gpus": [torch.cuda.get_device_name(card) for card in self._placement.cards],
             "pipeline": self.places > 1,
-            "tf32": {
-                "matmul": torch.backends.cuda.matmul.allow_tf32,
-                "cudnn": torch.backends.cudnn.allow_tf32,
-            },
-            "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "autocast": self._autocast,
-            "torch": str(torch.__version__),
-            "cuda": torch.version.cuda,
-            "chatterbox_tts": metadata.version("chatterbox-tts"),
             "voices_kept": len(self.stages.voices),
+            **cards.facts(self._placement.cards),
         }
 
     def memory(self) -> GpuMemory | None:
-        import torch
-
-        cards = self._placement.cards
-        if not cards:
-            return None
-        try:
-            free_and_total = [torch.cuda.mem_get_info(card) for card in cards]
-        except RuntimeError:
-            # The context is poisoned; the utterance that did it will say so.
-            return None
-        return GpuMemory(
-            allocated_bytes=sum(torch.cuda.memory_allocated(card) for card in cards),
-            reserved_bytes=sum(torch.cuda.memory_reserved(card) for card in cards),
-            free_bytes=sum(free for free, _ in free_and_total),
-            total_bytes=sum(total for _, total in free_and_total),
-        )
+        return cards.memory(self._placement.cards)
 
     def free(self) -> None:
-        """Also lets go of the cycles that an exception leaves, whose frames hold tensors."""
-        import torch
-
-        gc.collect()
-        if self._placement.cards:
-            torch.cuda.empty_cache()
+        cards.let_go(self._placement.cards)
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
-        cards = self._placement.cards
+        used = self._placement.cards
 
         def to_tokens() -> "Tokens":
-            with errand.at_work(), failures.told(cards):
+            with errand.at_work(), failures.told(used):
                 tokens = self.stages.tokens(utterance, errand)
             # From this thread, not from ours: T3 rests until the next one is chosen.
             errand.make_way()
             return tokens
 
         def to_sound() -> NDArray[np.float32]:
-            with errand.at_work(), failures.told(cards):
+            with errand.at_work(), failures.told(used):
                 return self.stages.sound(tokens)
 
         with silenced():
@@ -169,6 +136,36 @@ class StockEngine:
 
 def load(settings: Settings) -> StockEngine:
     """Build the model that ``settings`` name, on the GPU (or two) that this process can see.
+
+    Raises:
+        EngineError: with one line that says what is missing.
+    """
+    return around(built(settings, tf32=settings.tf32), settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A model as the package loads it."""
+
+    model: Any
+    placement: Placement
+    source: str
+
+
+def around(built: Built, settings: Settings) -> StockEngine:
+    return StockEngine(
+        built.model,
+        settings.model,
+        placement=built.placement,
+        # On one card both stages launch from one process, and T3 needs nearly all of it: little to win there.
+        pipeline=settings.pipeline == "on" or (settings.pipeline == "auto" and built.placement.split),
+        autocast=settings.autocast,
+        source=built.source,
+    )
+
+
+def built(settings: Settings, *, tf32: bool) -> Built:
+    """The model that ``settings`` name, where they say.
 
     Raises:
         EngineError: with one line that says what is missing.
@@ -192,8 +189,8 @@ def load(settings: Settings) -> StockEngine:
         seen = ",".join(settings.visible_gpus) or "not set"
         msg = f"cannot find a CUDA GPU (CUDA_VISIBLE_DEVICES: {seen}; torch {torch.__version__})"
         raise EngineError(msg)
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = settings.cudnn_benchmark
     torch.backends.cudnn.deterministic = False
     source = "Hugging Face cache" if settings.weights is None else str(settings.weights)
@@ -209,12 +206,4 @@ def load(settings: Settings) -> StockEngine:
     except Exception as error:
         msg = f"cannot load {settings.model} from {source}: {one_line(error)}"
         raise EngineError(msg) from error
-    return StockEngine(
-        model,
-        settings.model,
-        placement=placement,
-        # On one card both stages launch from one process, and T3 needs nearly all of it: little to win there.
-        pipeline=settings.pipeline == "on" or (settings.pipeline == "auto" and placement.split),
-        autocast=settings.autocast,
-        source=source,
-    )
+    return Built(model, placement, source)

@@ -1,0 +1,212 @@
+"""Continuous batching of T3: whoever asks gets a slot between two steps, and leaves it when all is said.
+
+One thread launches; results are heard a few steps later, so that the GPU never waits for them. Knows tokens, no sound.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from chatterbox_server.engine import EngineError, Errand, Sampling
+from chatterbox_server.engines.fast import sampling as rules
+from chatterbox_server.engines.fast.slots import CHUNK, Bite, Prompt
+from chatterbox_server.engines.fast.t3 import READERS, T3, Work
+
+AHEAD: Final = 3
+"""Works that are on their way before the first of them has been heard."""
+
+READS_IN_A_ROW: Final = 3
+"""Bites of prompts before those who speak already take their next step."""
+
+LOOK_UP_S: Final = 0.1
+"""How often one who waits asks whether anybody still wants it."""
+
+
+@dataclass(eq=False)
+class Line:
+    """One utterance: what is asked of T3, and what it has said so far. Any thread may ask it."""
+
+    prompt: Prompt
+    seed: int
+    sampling: Sampling
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    over: bool = False
+    """Nothing more comes."""
+    error: Exception | None = None
+    left: bool = False
+    """Nobody listens any more."""
+    # Of the thread that launches: its slot, how far its prompt is read, tokens that were launched.
+    slot: int = -1
+    read: int = 0
+    launched: int = 0
+    _enough: int = 0
+    _news: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self, errand: Errand, *, enough: int) -> list[int]:
+        """All tokens so far, once there are ``enough`` or no more will come.
+
+        Raises:
+            Dropped: nobody wants them any more.
+            Exception: whatever ended T3's work.
+        """
+        while True:
+            # In this order: whoever tells of news looks at what is enough first.
+            self._news.clear()
+            self._enough = enough
+            if self.over or len(self.tokens) >= enough:
+                break
+            self._news.wait(LOOK_UP_S)
+            errand.check()
+        if self.error is not None:
+            raise self.error
+        return list(self.tokens)
+
+    def hear(self, token: int, *, ended: bool) -> None:
+        self.tokens.append(token)
+        self.over = self.over or ended
+        if self.over or len(self.tokens) >= self._enough:
+            self._news.set()
+
+    def end(self, error: Exception | None = None) -> None:
+        self.error = self.error or error
+        self.over = True
+        self._news.set()
+
+
+class Batch:
+    """Of one T3, on a thread of its own."""
+
+    def __init__(
+        self,
+        t3: T3,
+        *,
+        by_count: bool,
+        around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        told: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        """``by_count``: top_k is heeded. ``around`` is entered by the thread for good, ``told`` for each turn of it."""
+        self._t3 = t3
+        self._by_count = by_count
+        self._around, self._told = around, told
+        self._changed = threading.Condition()
+        self._asked: deque[Line] = deque()
+        self._closed = False
+        self._free = list(reversed(range(t3.slots.slots)))
+        self._in_hand: list[Line] = []
+        self._on_way: deque[tuple[Work, tuple[Line, ...]]] = deque()
+        self._thread = threading.Thread(target=self._work, name="fast-t3", daemon=True)
+        self._thread.start()
+
+    def ask(self, prompt: Prompt, seed: int, sampling: Sampling, *, limit: int) -> Line:
+        """Begin an utterance of at most ``limit`` tokens, the one that ends it among them."""
+        line = Line(prompt, seed, sampling, limit)
+        with self._changed:
+            if self._closed:
+                msg = "the engine is closed"
+                raise EngineError(msg)
+            self._asked.append(line)
+            self._changed.notify()
+        return line
+
+    def leave(self, line: Line) -> None:
+        """Nobody listens to ``line`` any more; its slot is given to another."""
+        line.left = True
+        with self._changed:
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    # -- on the thread ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with self._around(), torch.inference_mode():
+            while self._wait():
+                try:
+                    with self._told():
+                        self._turn()
+                except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
+                    self._fail(error)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; whether there ever will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked or self._in_hand or self._on_way or self._closed)
+            return not self._closed
+
+    def _turn(self) -> None:
+        self._let_go()
+        self._let_in()
+        for _ in range(READS_IN_A_ROW):
+            reading = [line for line in self._in_hand if line.read < line.prompt.length][: READERS[-1]]
+            if not reading:
+                break
+            self._read(reading)
+        speaking = [line for line in self._in_hand if line.launched and line.launched < line.limit and not line.over]
+        if speaking:
+            work = self._t3.step([line.slot for line in speaking], sort=self._sorts(speaking))
+            for line in speaking:
+                line.launched += 1
+            self._on_way.append((work, tuple(speaking)))
+        # With nothing to launch, what is on its way is all there is to wait for.
+        most = AHEAD if speaking else 0
+        while self._on_way and (len(self._on_way) > most or self._on_way[0][0].there):
+            self._hear(*self._on_way.popleft())
+
+    def _let_in(self) -> None:
+        newcomers: list[Line] = []
+        with self._changed:
+            while self._free and self._asked:
+                line = self._asked.popleft()
+                if not line.left:
+                    line.slot = self._free.pop()
+                    newcomers.append(line)
+        if newcomers:
+            self._in_hand += newcomers
+            self._t3.slots.begin([(line.slot, line.prompt, line.seed, line.sampling, line.limit) for line in newcomers])
+
+    def _let_go(self) -> None:
+        """Slots of those who are done, or whom nobody listens to. What is on its way for them does no harm."""
+        left = [line for line in self._in_hand if line.left and not line.over]
+        if left:
+            self._t3.slots.end([line.slot for line in left])
+        for line in left:
+            line.end()
+        for line in [line for line in self._in_hand if line.over]:
+            self._in_hand.remove(line)
+            self._free.append(line.slot)
+
+    def _read(self, reading: Sequence[Line]) -> None:
+        bites = [Bite(line.slot, line.prompt, line.read) for line in reading]
+        work = self._t3.read(bites, sort=self._sorts(reading))
+        for line in reading:
+            line.read += CHUNK
+            line.launched = int(line.read >= line.prompt.length)
+        self._on_way.append((work, tuple(reading)))
+
+    def _sorts(self, lines: Sequence[Line]) -> bool:
+        return any(rules.sorts(line.sampling, by_count=self._by_count) for line in lines)
+
+    def _hear(self, work: Work, lines: Sequence[Line]) -> None:
+        by_slot = {line.slot: line for line in lines}
+        for slot, token, ended in work.wait():
+            # A slot says its last token again until its owner has heard that it was the last.
+            if not by_slot[slot].over:
+                by_slot[slot].hear(token, ended=ended)
+
+    def _fail(self, error: Exception) -> None:
+        """Everybody in hand is told; those who come are served anew, if the GPU still serves."""
+        self._on_way.clear()
+        for line in self._in_hand:
+            line.end(error)
+        with contextlib.suppress(Exception):
+            self._t3.slots.done.fill_(True)

@@ -1,0 +1,338 @@
+"""The fast engine: utterances at once on one device, T3's steps and S3Gen's batches each on a thread of their own."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chatterbox_server.engine import EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.engines import stock
+from chatterbox_server.engines.stock import cards, failures, kinds
+from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
+from chatterbox_server.engines.stock.kinds import KINDS, MOST_TOKENS
+from chatterbox_server.engines.stock.placement import Placement
+from chatterbox_server.engines.stock.silence import silenced
+from chatterbox_server.settings import Settings
+
+if TYPE_CHECKING:
+    from chatterbox_server.engines.fast.batch import Line
+    from chatterbox_server.engines.fast.sound import Take
+    from chatterbox_server.engines.stock import StockEngine
+    from chatterbox_server.engines.stock.voices import Voice
+
+log = logging.getLogger(__name__)
+
+SPEAKS: Final = ("chatterbox", "turbo")
+"""Models whose T3 it knows. Multilingual's looks at its own attention while it speaks: the stock engine does that."""
+
+MOST_AT_ONCE: Final = 64
+"""Utterances, where memory allows: of more of them each becomes slower and the whole hardly faster."""
+
+FIRST_CHUNK: Final = 15
+"""Tokens of an utterance before its first sound: a third of a second, less what S3Gen holds back."""
+GROWTH: Final = 2.0
+"""Each chunk is longer than the one before: whoever listens has more in hand, and less is computed anew."""
+
+WARM: Final = (FIRST_CHUNK, 60, 120, 240, 360, 500)
+"""Tokens of what is spoken before anybody asks, at every size of batch: chunks as they grow, and up to 20 s at once."""
+
+LOOK_UP_S: Final = 0.1
+"""How often one who waits asks whether anybody still wants it."""
+
+MANNERS_KEPT: Final = 64
+"""Of voices, as T3 reads them: a voice and its exaggeration."""
+
+SHARE_FOR_CACHE: Final = 0.5
+"""Of the memory that is free once the weights are there; the rest is S3Gen's, whose batches come and go."""
+
+
+class FastEngine:
+    """One model of chatterbox-tts that is already built, taken over: its T3 is left without its layers."""
+
+    name = "fast"
+    longest_piece = LONGEST_PIECE
+    tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
+    speeds = (1.0, 1.0)
+
+    def __init__(
+        self,
+        model: Any,
+        kind: str,
+        *,
+        device: str,
+        max_batch: int = 0,
+        exact: bool | None = None,
+        source: str = "memory",
+        voices_kept: int = VOICES_KEPT,
+        keep_t3: bool = False,
+    ) -> None:
+        """``max_batch``: utterances at once, 0 for as many as fit. ``exact``: float32, which a CPU always is.
+
+        ``keep_t3`` leaves the package's T3 whole, for one who wants to hear it beside.
+
+        Raises:
+            EngineError: the checkpoint has no built-in voice, or there is no memory for a single utterance.
+        """
+        import torch
+
+        from chatterbox_server.engines.fast.batch import Batch
+        from chatterbox_server.engines.fast.slots import Slots
+        from chatterbox_server.engines.fast.sound import Sound, how_for
+        from chatterbox_server.engines.fast.sounding import Sounding
+        from chatterbox_server.engines.fast.t3 import T3
+        from chatterbox_server.engines.stock.voices import Voices
+
+        if model.conds is None:
+            msg = f"cannot speak without a built-in voice: {source} has no conds.pt"
+            raise EngineError(msg)
+        began_s = time.monotonic()
+        self._on_gpu = device.startswith("cuda")
+        self._exact = not self._on_gpu if exact is None else exact
+        self.model = kind
+        self.sample_rate_hz: int = model.sr
+        self.languages = KINDS[kind].languages
+        self.defaults = KINDS[kind].defaults
+        self._model, self._kind, self._source, self._device = model, KINDS[kind], source, device
+        self._placement = Placement(device, device)
+        self._cards = self._placement.cards
+        # Voices and prompts: the package's own modules, which keep state.
+        self._package = threading.Lock()
+        self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
+        self._manners: OrderedDict[tuple[int, float], tuple[Voice, Any]] = OrderedDict()
+        dtype = torch.float32 if self._exact else torch.bfloat16
+        self.places = max_batch or self._fitting(model.t3, dtype)
+        slots = Slots(model.t3, slots=self.places, dtype=dtype)
+        if not keep_t3:
+            model.t3.tfmr = torch.nn.Identity()
+        capable = self._on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._t3 = T3(slots, by_kernels=self._on_gpu and not self._exact, early=capable, capture=not self._exact)
+        self._sound = Sound(
+            model.s3gen,
+            device=device,
+            flow_steps=self._kind.flow_steps,
+            how=None if self._exact else how_for(device),
+            watermarker=model.watermarker,
+        )
+        self._warm_up()
+        told = lambda: failures.told(self._cards)  # noqa: E731
+        self._batch = Batch(self._t3, by_count=kind == "turbo", around=lambda: self._stream(first=True), told=told)
+        self._sounding = Sounding(self._sound, around=lambda: self._stream(first=False), told=told)
+        memory = self.memory()
+        held = "" if memory is None else f", {memory.reserved_bytes / 2**30:.1f} GiB of the GPU"
+        log.info(
+            "fast engine: %d utterances at once, ready after %.0f s%s", self.places, time.monotonic() - began_s, held
+        )
+
+    def facts(self) -> Mapping[str, object]:
+        return {
+            "weights": self._source,
+            "devices": {"t3": self._device, "s3gen": self._device},
+            "t3": str(self._t3.slots.backbone.dtype).removeprefix("torch."),
+            "voices_kept": len(self.voices),
+            **cards.facts(self._cards),
+        }
+
+    def memory(self) -> GpuMemory | None:
+        return cards.memory(self._cards)
+
+    def free(self) -> None:
+        """See ``Engine``; slots and what is captured stay."""
+        cards.let_go(self._cards)
+
+    def close(self) -> None:
+        """End the threads; what is in hand fails."""
+        self._batch.close()
+        self._sounding.close()
+
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+        """See ``Engine``. What is ready before the rest is given to an ``errand`` that listens."""
+        from chatterbox_server.engines.fast.sound import Take
+
+        errand.make_way()
+        with errand.at_work(), failures.told(self._cards):
+            voice, line = self._begun(utterance)
+            try:
+                if errand.listens:
+                    return self._in_chunks(utterance, errand, voice, line)
+                tokens = line.wait(errand, enough=line.limit)
+                take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
+                return self._sounds(take, errand)
+            finally:
+                self._batch.leave(line)
+
+    # -- an utterance -------------------------------------------------------------------------------------
+
+    def _begun(self, utterance: Utterance) -> "tuple[Voice, Line]":
+        """Its voice, and T3 at work.
+
+        Raises:
+            Refused: the recording cannot be used, or the text is too long to be read.
+        """
+        import torch
+
+        from chatterbox_server.engines.fast import slots
+
+        with self._package, silenced(), torch.inference_mode():
+            voice = self.voices.find(utterance.voice)
+            manner = self._manner(utterance, voice)
+            prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
+            if self._on_gpu:
+                # Another stream reads it, and need not ask whether it is there.
+                torch.cuda.current_stream(self._device).synchronize()
+        longest = self._t3.slots.longest_prompt
+        if prompt.length > longest:
+            reason = f"the text and its voice are {prompt.length} tokens, and {longest} can be read at once"
+            raise Refused(reason, param="input")
+        return voice, self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
+
+    def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
+        """T3's conditionals, embedded; the same again for the same voice."""
+        from chatterbox_server.engines.fast import slots
+
+        # The voice itself, so that no other can be where it was.
+        key = (id(voice), utterance.sampling.exaggeration)
+        if key not in self._manners:
+            conditionals = kinds.conditioned(self._kind, utterance, voice.for_t3())
+            self._manners[key] = (voice, slots.embedded(self._model.t3, conditionals))
+            while len(self._manners) > MANNERS_KEPT:
+                self._manners.popitem(last=False)
+        self._manners.move_to_end(key)
+        return self._manners[key][1]
+
+    def _speech(self, tokens: Sequence[int]) -> Any:
+        """What S3Gen can make sound of."""
+        import torch
+
+        return self._kind.speech(torch.tensor(tokens, dtype=torch.int64))
+
+    def _sounds(self, take: "Take", errand: Errand, *, due_s: float | None = None) -> NDArray[np.float32]:
+        future = self._sounding.ask(take, due_s=due_s)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return future.result(LOOK_UP_S)
+            errand.check()
+
+    def _in_chunks(self, utterance: Utterance, errand: Errand, voice: "Voice", line: "Line") -> NDArray[np.float32]:
+        import torch
+
+        from chatterbox_server.engines.fast.sound import Stream, Take
+
+        stream, enough, began_s = Stream(), float(FIRST_CHUNK), time.monotonic()
+        while True:
+            tokens = line.wait(errand, enough=int(enough))
+            final = line.over and len(tokens) == len(line.tokens)
+            known = self._speech(tokens) if final else torch.tensor([one for one in tokens if one < kinds.SOUNDS])
+            take = Take(tokens=known, voice=voice.s3gen, seed=utterance.seed, final=final, stream=stream)
+            samples = self._sounds(take, errand, due_s=began_s + errand.given / self.sample_rate_hz)
+            if final:
+                return samples
+            if samples.size:
+                errand.give(samples)
+            enough = max(enough * GROWTH, len(tokens) + 1)
+
+    # -- the device ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _stream(self, *, first: bool) -> Iterator[None]:
+        """T3's is ``first`` where both want the GPU: its kernels are short, and each token waits for the last."""
+        if not self._on_gpu:
+            yield
+            return
+        import torch
+
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(priority=-1 if first else 0)):
+            yield
+
+    def _warm_up(self) -> None:
+        import torch
+
+        from chatterbox_server.engines.fast.sound import BATCHES
+
+        if self._exact:
+            return
+        with self._stream(first=True), torch.inference_mode():
+            self._t3.warm_up()
+            torch.cuda.synchronize(self._device)
+        voice = self._model.conds.gen["prompt_token"].shape[-1]
+        with self._stream(first=False), torch.inference_mode():
+            self._sound.warm_up([(batch, voice, tokens) for batch in BATCHES for tokens in WARM])
+            torch.cuda.synchronize(self._device)
+
+    def _fitting(self, t3: Any, dtype: Any) -> int:
+        """How many utterances' caches the memory holds that is free now."""
+        import torch
+
+        from chatterbox_server.engines.fast.slots import LONGEST_PROMPT
+
+        if not self._on_gpu:
+            return 4
+        config = t3.cfg
+        heads = getattr(config, "num_attention_heads", None) or config.n_head
+        layers = getattr(config, "num_hidden_layers", None) or config.n_layer
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        rows = 1 if t3.is_gpt else 2
+        each = 2 * rows * layers * heads * head_dim * (LONGEST_PROMPT + MOST_TOKENS) * torch.finfo(dtype).bits // 8
+        free, _ = torch.cuda.mem_get_info(self._device)
+        fitting = min(MOST_AT_ONCE, int(free * SHARE_FOR_CACHE) // each - 1)
+        if fitting < 1:
+            msg = (
+                f"cannot hold an utterance: its cache needs {each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            )
+            raise EngineError(msg)
+        return int(fitting)
+
+
+def load(settings: Settings) -> "FastEngine | StockEngine":
+    """Build the model that ``settings`` name; where this machine cannot do it fast, the stock engine around it.
+
+    Raises:
+        EngineError: with one line that says what is missing, or which engine to take instead.
+    """
+    if settings.model not in SPEAKS:
+        msg = f'cannot speak {settings.model} fast, only {" and ".join(SPEAKS)}: set server.engine = "stock"'
+        raise EngineError(msg)
+    if len(settings.visible_gpus) > 1:
+        msg = 'cannot spread the fast engine over two GPUs: give each a port of its own, or set server.engine = "stock"'
+        raise EngineError(msg)
+    if settings.device == "cuda" and (why := unfit()):
+        log.warning("the fast engine cannot run here (%s): speaking through the stock engine", why)
+        return stock.load(settings)
+    # What is float32 here has to be exact; all that is heavy is bfloat16.
+    built = stock.built(settings, tf32=False)
+    return FastEngine(
+        built.model, settings.model, device=built.placement.t3, max_batch=settings.max_batch, source=built.source
+    )
+
+
+def unfit() -> str | None:
+    """Why this machine's GPU cannot run what the fast engine captures; ``None``: it can, or there is none at all."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"compute capability {major}.{minor}, and bfloat16 needs 8.0"
+    try:
+        from chatterbox_server.engines.fast import kernels
+
+        x = torch.ones(1, 16, device="cuda")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            # Triton compiles with the machine's own C compiler.
+            kernels.add_norm[(1,)](x, x, x, D=16, ADD=False, EPS=1e-5, GATED=True)
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                kernels.add_norm[(1,)](x, x, x, D=16, ADD=False, EPS=1e-5, GATED=True)
+            graph.replay()
+            stream.synchronize()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the stock engine does without)
+        return failures.one_line(error)
+    return None

@@ -1,0 +1,128 @@
+"""S3Gen for many utterances: who has tokens asks, and those who wait are spoken together, the most urgent first."""
+
+import contextlib
+import copy
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from chatterbox_server.engine import EngineBroken, EngineError
+from chatterbox_server.engines.fast.sound import Sound, Take
+
+TOGETHER: Final = 16
+"""Takes of one batch: more of them save little and make the first of them wait."""
+
+UNEVEN: Final = 1.5
+"""Times that one take of a batch may be longer than the most urgent: a short one is not made to wait for a long one."""
+
+PATIENCE_S: Final = 1.0
+"""For how long one who wants all at once lets streams go before it."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Waiting:
+    due_s: float
+    """On ``time.monotonic``'s clock: when its listener has nothing left to hear."""
+    number: int
+    length: int = field(compare=False)
+    """Tokens, with those of its voice."""
+    take: Take = field(compare=False)
+    future: "Future[NDArray[np.float32]]" = field(compare=False)
+
+
+class Sounding:
+    """Of one ``Sound``, on a thread of its own."""
+
+    def __init__(
+        self,
+        sound: Sound,
+        *,
+        around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        told: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
+        """``around`` is entered by the thread for good, ``told`` for each batch."""
+        self._sound = sound
+        self._around, self._told = around, told
+        self._changed = threading.Condition()
+        self._waiting: list[Waiting] = []
+        self._asked = 0
+        self._closed = False
+        threading.Thread(target=self._work, name="fast-s3gen", daemon=True).start()
+
+    def ask(self, take: Take, *, due_s: float | None = None) -> "Future[NDArray[np.float32]]":
+        """The samples of ``take``, wanted at ``due_s`` by ``time.monotonic``; soon, if it is not said."""
+        future: Future[NDArray[np.float32]] = Future()
+        length = take.voice["prompt_token"].shape[-1] + len(take.tokens)
+        with self._changed:
+            if self._closed:
+                msg = "the engine is closed"
+                raise EngineError(msg)
+            self._asked += 1
+            due_s = time.monotonic() + PATIENCE_S if due_s is None else due_s
+            self._waiting.append(Waiting(due_s, self._asked, length, take, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    # -- on the thread ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with self._around(), torch.inference_mode():
+            while batch := self._next():
+                for one, outcome in zip(batch, self._outcomes(batch), strict=True):
+                    if isinstance(outcome, Exception):
+                        one.future.set_exception(outcome)
+                    else:
+                        one.future.set_result(outcome)
+
+    def _outcomes(self, batch: list[Waiting]) -> list[NDArray[np.float32] | Exception]:
+        """Together; where that fails each alone, so that nobody suffers for another."""
+        streams = [(one.take.stream, copy.copy(one.take.stream)) for one in batch]
+        try:
+            with self._told():
+                return list(self._spoken([one.take for one in batch]))
+        except EngineBroken as error:
+            return [error] * len(batch)
+        except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who asked)
+            if len(batch) == 1:
+                return [error]
+        for stream, before in streams:
+            if stream is not None and before is not None:
+                for part in fields(stream):
+                    setattr(stream, part.name, getattr(before, part.name))
+        return [self._outcomes([one])[0] for one in batch]
+
+    def _next(self) -> list[Waiting]:
+        """Whoever is most urgent, with others of like length; empty once all is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                for one in self._waiting:
+                    one.future.set_exception(EngineError("the engine is closed"))
+                self._waiting.clear()
+                return []
+            self._waiting.sort()
+            first = self._waiting[0].length
+            alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][:TOGETHER]
+            taken = {one.number for one in alike}
+            self._waiting = [one for one in self._waiting if one.number not in taken]
+            return alike
+
+    def _spoken(self, takes: list[Take]) -> list[NDArray[np.float32]]:
+        samples = self._sound.speak(takes)
+        sizes = [one.numel() for one in samples]
+        # One copy to the host for all of them.
+        whole = torch.cat(samples).cpu().numpy()
+        return np.split(whole, np.cumsum(sizes)[:-1])

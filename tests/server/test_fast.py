@@ -1,0 +1,197 @@
+"""The fast engine with tiny real models: whoever speaks beside, every utterance is what it is alone."""
+
+import asyncio
+import functools
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from chatterbox_server.engine import Dropped, EngineError, Errand, Refused, Utterance
+from chatterbox_server.settings import Settings
+from server import tiny
+from server.fakes import PATIENCE_S, a_queue, an_utterance, run, until
+from server.tiny import Models, but
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from chatterbox_server.engines.fast import FastEngine
+
+pytestmark = [*tiny.warnings, *tiny.model]
+
+KINDS = ("chatterbox", "turbo")
+NEAR = 1e-5
+"""Of a sample: a sum in another order."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def engine(request: pytest.FixtureRequest, models: Models) -> "Iterator[FastEngine]":
+    from chatterbox_server.engines.fast import FastEngine
+
+    made = FastEngine(models.lend(request.param), request.param, device="cpu", max_batch=4, keep_t3=True)
+    yield made
+    made.close()
+
+
+def near(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    return one.shape == other.shape and float(np.abs(one - other).max()) < NEAR
+
+
+def plain(engine: "FastEngine", text: str = "Hello.", **changes: Any) -> Utterance:
+    return but(an_utterance(text, sampling=engine.defaults), **changes)
+
+
+def test_fifty_mixed_requests_are_what_each_is_alone(engine: "FastEngine", recordings: Path) -> None:
+    """With voices, other sampling, clients that leave, recordings that cannot be used, and streams."""
+    dice = random.Random(engine.model)  # noqa: S311 (a test that repeats)
+    voices = (None, None, recordings / "low.wav", recordings / "high.wav", recordings / "gone.wav")
+    asked = [
+        plain(
+            engine,
+            dice.choice(("Yes!", "Hello.", "Go on then.")),
+            voice=dice.choice(voices),
+            seed=number % 7,
+            temperature=dice.choice((0.8, 1.3)),
+            top_p=dice.choice((0.8, 1.0)),
+        )
+        for number in range(50)
+    ]
+    leaves = {number for number in range(50) if dice.random() < 0.15}
+    streams = {number for number in range(50) if dice.random() < 0.2} - leaves
+
+    def one(number: int, *, beside: bool) -> NDArray[np.float32] | type[Exception]:
+        parts: list[NDArray[np.float32]] = []
+        errand = Errand(on_sound=parts.append if beside and number in streams else None)
+        if beside and number in leaves:
+            threading.Timer(0.02, errand.drop).start()
+        try:
+            rest = engine.synthesize(asked[number], errand)
+        except (Dropped, Refused) as error:
+            return type(error)
+        whole: NDArray[np.float32] = np.concatenate((*parts, rest))
+        return whole
+
+    with ThreadPoolExecutor(engine.places) as pool:
+        together = list(pool.map(functools.partial(one, beside=True), range(50)))
+    known: dict[Utterance, NDArray[np.float32] | type[Exception]] = {}
+    for number, got in enumerate(together):
+        utterance = asked[number]
+        if utterance not in known:
+            known[utterance] = one(number, beside=False)
+        alone = known[utterance]
+        if got is Dropped:
+            assert number in leaves
+        elif isinstance(alone, type) or isinstance(got, type):
+            assert got is alone is Refused
+        elif number in streams:
+            # Spoken in chunks, S3Gen has not yet heard the end when it says the beginning.
+            assert got.shape == alone.shape
+        else:
+            assert near(got, alone), utterance
+    assert any(got is Dropped for got in together)
+    assert any(got is Refused for got in together)
+    # Everybody's slot is free again.
+    assert near(known_sound(engine), known_sound(engine))
+
+
+def known_sound(engine: "FastEngine") -> NDArray[np.float32]:
+    return engine.synthesize(plain(engine), Errand())
+
+
+def test_a_failure_of_one_sound_is_nobody_elses(engine: "FastEngine", monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3Gen fails on tokens of one seed, alone and in any batch: the others are spoken."""
+    speak = engine._sound.speak
+
+    def fails(takes: Any) -> Any:
+        if any(take.seed == 13 for take in takes):
+            raise RuntimeError("an unlucky number")
+        return speak(takes)
+
+    expected = {seed: engine.synthesize(plain(engine, seed=seed), Errand()) for seed in (11, 12)}
+    monkeypatch.setattr(engine._sound, "speak", fails)
+    outcomes: dict[int, Any] = {}
+
+    def ask(seed: int) -> None:
+        try:
+            outcomes[seed] = engine.synthesize(plain(engine, seed=seed), Errand())
+        except RuntimeError as error:
+            outcomes[seed] = str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(ask, (11, 13, 12)))
+    assert outcomes[13] == "an unlucky number"
+    assert all(near(outcomes[seed], sound) for seed, sound in expected.items())
+
+
+def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(
+    engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = known_sound(engine)
+    with monkeypatch.context() as patched:
+
+        def fails(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("a step into nothing")
+
+        patched.setattr(engine._t3, "step", fails)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(known_sound, engine) for _ in range(3)]
+        for one in asked:
+            with pytest.raises(RuntimeError, match="a step into nothing"):
+                one.result(PATIENCE_S)
+    assert near(known_sound(engine), expected)
+
+
+def test_who_leaves_makes_room_for_who_waits(engine: "FastEngine") -> None:
+    """All slots are taken by endless utterances; each ends as soon as its client has gone."""
+    errands = [Errand() for _ in range(engine.places)]
+
+    def endless(errand: Errand) -> None:
+        with pytest.raises(Dropped):
+            engine.synthesize(plain(engine, "On and on " * 12), errand)
+
+    threads = [threading.Thread(target=endless, args=(errand,)) for errand in errands]
+    for thread in threads:
+        thread.start()
+    for errand in errands:
+        errand.drop()
+    assert known_sound(engine).size
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_through_the_queue_many_are_in_hand_at_once(engine: "FastEngine") -> None:
+    async def scenario() -> None:
+        async with a_queue(engine, size=20) as queue:
+
+            async def one(seed: int) -> NDArray[np.float32]:
+                async with queue.admit([plain(engine, seed=seed)]) as place:
+                    return np.concatenate([spoken.samples async for spoken in place])
+
+            asked = [asyncio.ensure_future(one(seed)) for seed in range(6)]
+            await until(lambda: queue.running == engine.places)
+            sounds = await asyncio.gather(*asked)
+        for seed, sound in enumerate(sounds):
+            assert near(sound, engine.synthesize(plain(engine, seed=seed), Errand()))
+
+    run(scenario())
+
+
+def test_a_text_too_long_to_be_read_is_refused_in_words(engine: "FastEngine") -> None:
+    with pytest.raises(Refused, match="can be read at once"):
+        engine.synthesize(plain(engine, "word " * 400), Errand())
+
+
+def test_what_it_cannot_speak_it_says_and_names_who_can() -> None:
+    from chatterbox_server.engines import fast
+
+    with pytest.raises(EngineError, match=r"multilingual.*server\.engine = .stock"):
+        fast.load(Settings(engine="fast", model="multilingual", device="cpu"))
+    with pytest.raises(EngineError, match=r"two GPUs.*server\.engine = .stock"):
+        fast.load(Settings(engine="fast", visible_gpus=("0", "1")))

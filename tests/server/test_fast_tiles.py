@@ -1,0 +1,126 @@
+"""The fast engine's Triton kernels against the same layers in torch, interpreted on the CPU; scripts/gpu on a GPU."""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+
+from server import tiny
+
+pytestmark = [
+    *tiny.warnings,
+    *tiny.model,
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),  # triton's interpreter
+    # torch's wheel for CPUs comes without it.
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiles() -> Any:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import triton
+
+    from chatterbox_server.engines.fast import tiles
+
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("compiled for a GPU in this process")
+    return tiles
+
+
+def some(*shape: int) -> Any:
+    import torch
+
+    return torch.randn(*shape) * 0.2
+
+
+def apart(one: Any, other: Any) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def a_block() -> Any:
+    from chatterbox_server.engines.fast.flow import Weights
+    from chatterbox_server.engines.fast.layers import Linear
+
+    channels, inner, hidden = 64, 128, 256
+
+    def norm() -> Any:
+        return 1 + some(channels), some(channels), 1e-5
+
+    def linear(outputs: int, inputs: int) -> Any:
+        return Linear(some(outputs, inputs), some(outputs))
+
+    return Weights(
+        heads=2,
+        before=norm(),
+        into=Linear(some(3 * inner, channels), None),
+        out=linear(channels, inner),
+        between=norm(),
+        widen=linear(hidden, channels),
+        narrow=linear(channels, hidden),
+    )
+
+
+def test_blocks_are_what_torch_makes_of_them(tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.flow import _InTorch, _InTriton
+    from chatterbox_server.engines.fast.layers import Lengths
+
+    torch.manual_seed(1)
+    assert tiles
+    lengths = Lengths.of(torch.tensor([37, 30, 1]), 37)
+    x, blocks = some(3, 37, 64), [a_block() for _ in range(3)]
+    # On the CPU torch bends by the exact form.
+    assert apart(_InTriton("mask").blocks(x, lengths, blocks), _InTorch("mask").blocks(x, lengths, blocks)) < CLOSE
+
+
+@pytest.mark.parametrize("inputs", [64, 80, 128])
+def test_a_convolution_is_what_torch_makes_of_it(inputs: int, tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.flow import _InTorch, _InTriton
+
+    torch.manual_seed(1)
+    assert tiles
+    x, first, norm = some(3, 37, inputs), (some(64, 3 * inputs), some(64)), (1 + some(64), some(64), 1e-5)
+    for added in (some(64), some(3, 37, 64)):
+        ours, plain = (made("mask").convolution(x, first, norm, added) for made in (_InTriton, _InTorch))
+        assert apart(ours, plain) < CLOSE
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(64, 11), (128, 3)])
+def test_a_residual_block_is_what_torch_makes_of_it(channels: int, taps: int, tiles: Any) -> None:
+    import torch
+    from chatterbox.models.s3gen.hifigan import ResBlock
+
+    from chatterbox_server.engines.fast.vocoder import _inside, _Resblock, _Tiled
+
+    torch.manual_seed(1)
+    assert tiles
+    block = ResBlock(channels, taps, [1, 3, 5]).eval()
+    for module in block.modules():
+        if hasattr(module, "parametrizations"):
+            module.parametrizations.weight.original0.data.mul_(10)
+    with torch.inference_mode():
+        x, summed, ends = torch.randn(2, channels, 1, 75), torch.randn(2, channels, 1, 75), torch.tensor([75, 33])
+        inside = _inside(x, ends)
+
+        plain, ours = _Resblock(block, torch.float32), _Tiled(block, torch.float32)
+        for more in (None, summed):
+            made, right = ours(x, ends, inside, more), plain(x, ends, inside, more)
+            assert apart(made * inside, right * inside) < CLOSE
+
+
+def test_a_mean_is_what_torch_makes_of_it(tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.vocoder import _inside, _mean, _tiled_mean
+
+    assert tiles
+    x, ends = torch.randn(2, 64, 1, 75), torch.tensor([75, 33])
+    inside = _inside(x, ends)
+    assert apart(_tiled_mean(x, ends, inside, 1 / 3, 0.1), _mean(x, ends, inside, 1 / 3, 0.1)) < CLOSE
