@@ -64,6 +64,7 @@ _FENCE: Final = re.compile(r"(```|~~~)")
 _BULLET: Final = re.compile(r"([-*+•‣◦▪])\s+(?=\S)")
 _NUMBERED: Final = re.compile(r"\d{1,3}[.)]\s+(?=\S)")
 _SENTENCE_END: Final = re.compile(r"[.!?…:。！？][\"'”’»)\]」』]*$")
+_NO_TITLE: Final = re.compile(r"[.,;\"”»-]$")
 _NO_SPACES: Final = re.compile(r"[\u3001-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
 """Scripts whose lines are joined without a space."""
 
@@ -190,9 +191,7 @@ class _Reader:
         """Whether an underline below would make a heading of what was read last."""
         if not 1 <= len(self.block) <= 2 or not says(joined := _joined(self.block)):
             return False
-        return len(joined) <= LONGEST_TITLE and (
-            not joined.endswith((".", ",", ";", "-")) or _CHAPTER.match(joined) is not None
-        )
+        return len(joined) <= LONGEST_TITLE and (_NO_TITLE.search(joined) is None or _CHAPTER.match(joined) is not None)
 
     def parts_from(self, line: str, raw: str) -> bool:
         """Whether ``line`` begins a block of its own: an item, an unwrapped line, a first line that is indented."""
@@ -206,6 +205,9 @@ class _Reader:
         if _NUMBERED.match(line):
             # "am\n3. Mai" is a date that was wrapped.
             return bool(listing) or _SENTENCE_END.search(self.block[-1]) is not None
+        if line.startswith(("—", "–")) and _SENTENCE_END.search(self.block[-1]):
+            # Somebody else speaks, as French, Spanish and Russian write it.
+            return True
         return not (listing or self.markdown or self.indented) and raw.startswith(("  ", "\t", "\u3000"))
 
     def end(self) -> Iterator[Block]:

@@ -273,6 +273,12 @@ def test_pauses_tell_what_stands_between() -> None:
     ]
 
 
+def test_who_speaks_next_begins_a_paragraph_and_a_line_below_speech_is_no_underline() -> None:
+    text = "— Oui.\n— Et toi ? dit-il\n— sans rire.\n\n“No,” she said,\n“no.”\n---\nSo."
+
+    assert outline(text) == [(None, ["— Oui.", "— Et toi ? dit-il — sans rire.", "“No,” she said, “no.”", "So."])]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lines_end_in_any_way_and_are_joined(end: str) -> None:
     text = end.join(["It was a well-", "known man,", "whom nobody knew.", "", "“No.”"])

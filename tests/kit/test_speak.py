@@ -142,7 +142,7 @@ MANY = tuple(f"Sentence {number}." for number in range(20))
 
 
 def test_each_is_asked_for_once_and_no_more_at_a_time_than_the_fleet_can_use() -> None:
-    server = Server(seconds=0.02)
+    server = Server(seconds=0.1)
 
     heard = run(server, *MANY, in_flight=3)
 
@@ -153,7 +153,7 @@ def test_each_is_asked_for_once_and_no_more_at_a_time_than_the_fleet_can_use() -
 
 
 def test_where_nobody_says_how_many_instances_there_are_each_that_answers_makes_room_for_more() -> None:
-    server = Server(seconds=0.02, instances=8)
+    server = Server(seconds=0.1, instances=8)
 
     heard = run(server, *(f"{number}." for number in range(80)), in_flight=None)
 

@@ -185,6 +185,12 @@ def _front(asked: _Asked) -> tuple[speak.Front, int | None]:
             msg = f"should begin with http:// or https://, got {url!r}"
             raise click.BadParameter(msg, param_hint="--url")
         return speak.Front(url.rstrip("/").removesuffix("/v1"), speak.authorization(key)), asked.concurrency
+    if not asked.fleet_file.exists():
+        msg = (
+            f"there is no {asked.fleet_file}: name the fleet's file (--fleet /etc/chatterbox-tts/fleet.toml) "
+            "or its front (--url http://127.0.0.1:6095)"
+        )
+        raise click.UsageError(msg)
     written = arguments.read_fleet(asked.fleet_file)
     return speak.local_front(fleet.resolve(written), key), asked.concurrency or narration.in_flight(written)
 
