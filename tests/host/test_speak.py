@@ -183,11 +183,15 @@ def test_of_a_changed_text_only_the_change_is_spoken(job: list[str], fixed: Flee
 
 def test_of_two_at_once_the_second_refuses(job: list[str], tmp_path: Path) -> None:
     first = subprocess.Popen(job)
-    while not (tmp_path / "book.flac.parts" / "lock").exists():
+    lock = tmp_path / "book.flac.parts" / "lock"
+    while not (lock.exists() and lock.read_text()):
         time.sleep(0.01)
-    time.sleep(0.1)
-
-    second = speak(job)
+    # However long the second takes to begin.
+    first.send_signal(signal.SIGSTOP)
+    try:
+        second = speak(job)
+    finally:
+        first.send_signal(signal.SIGCONT)
 
     assert second.returncode == 3
     assert f"(process {first.pid}) is using {tmp_path}/book.flac.parts; wait until it has ended" in second.stderr

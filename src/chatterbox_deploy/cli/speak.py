@@ -7,16 +7,19 @@ import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chatterbox_deploy import fleet, narration, speak
+from chatterbox_deploy import fleet, narration
 from chatterbox_deploy.cli import arguments, speaking, telling
 from chatterbox_deploy.errors import CommandFailed, ManuscriptError
 from chatterbox_deploy.formats import FORMATS
 from chatterbox_deploy.narration import Manner
 from chatterbox_deploy.parts import Parts
+
+if TYPE_CHECKING:
+    from chatterbox_deploy.speak import Front
 
 _KEY_VARIABLE = "CHATTERBOX_API_KEY"
 _SUFFIXES = ", ".join(FORMATS)
@@ -177,8 +180,10 @@ def _output(book: str, asked: _Asked) -> Path:
     return output
 
 
-def _front(asked: _Asked) -> tuple[speak.Front, int | None]:
+def _front(asked: _Asked) -> tuple[Front, int | None]:
     """Where to ask, and how much at once; ``None`` where nobody says how many instances there are."""
+    from chatterbox_deploy import speak  # noqa: PLC0415  its HTTP client takes a tenth of a second to import
+
     key = _key(asked.api_key_file)
     if (url := asked.url) is not None:
         if not url.startswith(("http://", "https://")):

@@ -132,7 +132,11 @@ def saying_when_interrupted(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  as signal calls it
-    raise KeyboardInterrupt
+    # As Ctrl-C would be taken here: asyncio cancels, where an exception would fall into whichever task runs.
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 def progress(total: int, title: str | None = None) -> Callable[[int, Step], None]:
