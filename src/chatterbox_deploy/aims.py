@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from chatterbox_deploy import config
 from chatterbox_deploy.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -54,16 +53,8 @@ class Aim:
 
 def front(fleet: Fleet) -> Aim:
     """The whole fleet, as its clients have it."""
-    address, port = config.split_listen(fleet.front.listen)
-    if address.is_unspecified:
-        place = "127.0.0.1" if address.version == 4 else "[::1]"
-    else:
-        place = str(address) if address.version == 4 else f"[{address}]"
-    tls = fleet.front.tls_certificate is not None
     # Its certificate is for the name that clients use, and we ask by address.
-    door = Door(
-        "front", f"http{'s' if tls else ''}://{place}:{port}", fleet.front.server_name, verified=False, by_itself=False
-    )
+    door = Door("front", fleet.front.local_url, fleet.front.server_name, verified=False, by_itself=False)
     return Aim("front", (door,), tuple(_door(instance) for instance in fleet.instances), _gpus(fleet.instances))
 
 

@@ -170,6 +170,16 @@ class Front:
 
     direct_routes: bool
 
+    @property
+    def local_url(self) -> str:
+        """Where this machine reaches it, without a path. With TLS its certificate is for the name that clients use."""
+        address, port = split_listen(self.listen)
+        if address.is_unspecified:
+            host = "127.0.0.1" if address.version == 4 else "[::1]"
+        else:
+            host = str(address) if address.version == 4 else f"[{address}]"
+        return f"http{'' if self.tls_certificate is None else 's'}://{host}:{port}"
+
 
 @dataclass(frozen=True, slots=True)
 class Service:

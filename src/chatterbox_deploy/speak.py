@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import aiohttp
 
-from chatterbox_deploy import __version__, config, wav
+from chatterbox_deploy import __version__, wav
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -86,14 +86,9 @@ class _Trouble:
 
 def local_front(fleet: Fleet, key: str | None) -> Front:
     """The front of a fleet on this machine."""
-    address, port = config.split_listen(fleet.front.listen)
-    host = str(address)
-    if address.is_unspecified:
-        host = "127.0.0.1" if address.version == 4 else "::1"
-    place = host if address.version == 4 else f"[{host}]"
     named = {"Host": fleet.front.server_name} if fleet.front.server_name is not None else {}
     return Front(
-        url=f"{'http' if fleet.front.tls_certificate is None else 'https'}://{place}:{port}",
+        url=fleet.front.local_url,
         headers=named | authorization(key),
         # Two instances may die of a piece, each after it kept it for as long as it could.
         answer_s=2.0 * fleet.front.read_timeout_s + 10,

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config, render, status, systemd
+from chatterbox_deploy import render, status, systemd
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -92,12 +92,6 @@ def _readiness(host: Host, address: str, port: int) -> Readiness | None:
 
 
 def _front_answers(host: Host, fleet: Fleet) -> bool:
-    address, port = config.split_listen(fleet.front.listen)
-    if address.is_unspecified:
-        place = "127.0.0.1" if address.version == 4 else "[::1]"
-    else:
-        place = str(address) if address.version == 4 else f"[{address}]"
-    scheme = "https" if fleet.front.tls_certificate is not None else "http"
     headers = {"Host": fleet.front.server_name} if fleet.front.server_name is not None else {}
-    answer = host.request("GET", f"{scheme}://{place}:{port}/healthz", headers=headers, timeout_s=ANSWER_TIMEOUT_S)
+    answer = host.request("GET", f"{fleet.front.local_url}/healthz", headers=headers, timeout_s=ANSWER_TIMEOUT_S)
     return answer is not None and answer.status == 200
