@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from chatterbox_deploy import heard
+from chatterbox_deploy.fleet import SPEECH
 from chatterbox_deploy.loads import Sample
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from chatterbox_deploy.aims import Door
     from chatterbox_deploy.loads import Load
-
-SPEECH = "/v1/audio/speech"
 
 HEAD_BYTES = 4096
 """In which every header of a steady format ends."""

@@ -265,11 +265,12 @@ def _nginx_texts(host: Host) -> dict[str, str]:
     return {str(path): content.decode(errors="replace") for path in paths if (content := _bytes(host, str(path)))}
 
 
-def _end_of(host: Host, path: str) -> str | None:
+def _end_of(host: Host, path: str) -> bytes | None:
     try:
-        return host.run(("tail", f"--bytes={LOG_BYTES}", path), timeout_s=TIMEOUT_S).stdout
+        piece = host.read_on(PurePosixPath(path), {}, limit_bytes=LOG_BYTES)
     except CommandFailed:
         return None
+    return None if piece is None else piece.content
 
 
 def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:

@@ -15,6 +15,7 @@ import aiohttp
 
 from chatterbox_deploy import __version__, wav
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.fleet import SPEECH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.narration import Take
     from chatterbox_deploy.wav import Sound
-
-SPEECH: Final = "/v1/audio/speech"
 
 _CONNECT_S: Final = 10.0
 _LONGEST_RETRY_AFTER_S: Final = 60.0
