@@ -12,6 +12,7 @@ from rich.console import Console
 from chatterbox_deploy import benchmarks, comparison, heard, loads, rate_search
 from chatterbox_deploy.cli import arguments, bench_asked, bench_files, bench_tables, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
+from chatterbox_deploy.host import save
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -255,7 +256,7 @@ def _keep(run: Run, *, output: Path | None, plots: Sequence[Path]) -> CommandFai
     """Write what is asked for; what could not be written must not take the tables with it."""
     try:
         if output is not None:
-            bench_files.write(output, loads.to_json(run))
+            save(output, loads.to_json(run))
         for path in plots:
             bench_files.plot(run, path)
     except CommandFailed as error:
