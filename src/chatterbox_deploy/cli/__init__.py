@@ -41,8 +41,11 @@ class _Shell(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(telling.INTERRUPTED)
+        except BrokenPipeError:
+            telling.close_output()
+            ctx.exit(telling.CLOSED)
         except OSError as error:
-            click.echo(f"error: cannot go on: {error}", err=True)
+            click.echo(f"error: cannot go on: {(error.strerror or str(error)).lower()}", err=True)
             ctx.exit(DeployError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

@@ -166,6 +166,9 @@ def _output(book: str, asked: _Asked) -> Path:
     if output.suffix.lower() not in FORMATS:
         msg = f"{output.name} should end in {_SUFFIXES}: that says the format"
         raise click.BadParameter(msg, param_hint="--output")
+    if asked.subtitles_file is not None and asked.subtitles_file.absolute() == output.absolute():
+        msg = "is OUTPUT itself; give it a name of its own, such as book.srt"
+        raise click.BadParameter(msg, param_hint="--subtitles")
     for path in filter(None, (output, asked.subtitles_file)):
         if not path.absolute().parent.is_dir():
             msg = f"{path}: there is no such directory"
