@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from chatterbox_deploy import exposition, status, systemd
 from chatterbox_deploy.exposition import Exposition, Gauge
+from chatterbox_deploy.fleet import SPEECH_ROUTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,9 +36,6 @@ Phase = Literal["begins", "ends", "happens"]
 FRONT = "front"
 ADVISE = "chatterbox-deploy advise"
 REQUESTS = "chatterbox_requests_total"
-SPEECH_ROUTES = ("/v1/audio/speech", "/synthesize", "/synthesize-json")
-"""Whose requests are counted: those that want to hear something, not our own looks."""
-
 OUTCOMES = ("answered", "refused", "busy", "failed", "left", "cut")
 """Of a request, as the instances' own help of that metric explains them."""
 

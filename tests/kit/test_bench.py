@@ -202,7 +202,6 @@ chatterbox_model_info{engine="stock",instance="gpu0",model="a \"b\" {c}"} 1.0
 chatterbox_synthesis_seconds_total 1.5e+02
 chatterbox_audio_seconds_total 300.25
 process_start_time_seconds 1.76e+09
-nonsense
 """
 
 

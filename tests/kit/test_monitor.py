@@ -214,11 +214,11 @@ def test_a_log_that_cannot_be_read_leaves_the_requests_unknown() -> None:
     ],
 )
 def test_a_line_of_the_log_tells_every_pass(tries: str, tried: str, asked: Sequence[tuple[str, int | None]]) -> None:
-    line = {"time": "2026-01-01T12:00:00+00:00", "status": 200, "instance": "gpu0", "duration_s": 0.053}
+    line = {"time": "2026-01-01T12:00:00+00:00", "status": 200, "instance": "gpu0", "duration_s": 0.053, "uri": "/a?b"}
 
     parsed = nginx.parse_request(json.dumps({**line, "tries": tries, "tried": tried}).encode())
 
-    assert parsed == Request(BEGIN, 200, "gpu0", 0.053, tuple(asked))
+    assert parsed == Request(BEGIN, 200, "gpu0", 0.053, tuple(asked), "/a")
 
 
 @pytest.mark.parametrize(

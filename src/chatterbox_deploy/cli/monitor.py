@@ -23,7 +23,7 @@ from rich.live import Live
 
 from chatterbox_deploy import exposition, monitor, nvml
 from chatterbox_deploy.blueprint import want
-from chatterbox_deploy.cli import arguments, monitor_view
+from chatterbox_deploy.cli import arguments, monitor_view, telling
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.render import RenderedFile
@@ -126,8 +126,8 @@ def monitor_command(
         # How one leaves it.
         return
     except BrokenPipeError:
-        # Whoever read has seen enough; nor shall Python's last flush object.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As Ctrl-C.
+        telling.close_output()
 
 
 @dataclass
