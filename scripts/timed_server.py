@@ -27,6 +27,7 @@ from chatterbox_server.engine import Errand, Sampling, Utterance
 from chatterbox_server.settings import Settings
 from host import front_lab, front_text
 from host.front_lab import Front
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -76,8 +77,8 @@ class TimedEngine:
 @contextmanager
 def fleet(count: int, service_s: float, directory: Path) -> Iterator[tuple[Front, Mapping[str, int]]]:
     """``count`` such servers behind nginx with the front that `render` writes, and their ports by name."""
-    ports = {f"gpu{number}": port for number, port in enumerate(front_lab.free_ports(count))}
-    listen = front_lab.free_ports(1)[0]
+    ports = {f"gpu{number}": port for number, port in enumerate(free_ports(count))}
+    listen = free_ports(1)[0]
     with tempfile.TemporaryFile("w+") as log:
         servers = [_start(name, port, service_s, log.fileno()) for name, port in ports.items()]
         try:

@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from chatterbox_deploy import exposition, fleet, monitor
+from chatterbox_deploy import exposition, fleet, gauges, monitor
 from chatterbox_deploy.cards import Card
-from chatterbox_deploy.monitor import Limits, Look, Story
+from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy.monitor import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness
 from chatterbox_server.metrics import Gauges, Metrics
@@ -79,7 +80,7 @@ def told_by_the_monitor() -> exposition.Exposition:
     for at_s in (0.0, 2.0):
         story = monitor.follow(story, replace(look, found=replace(found, monotonic_s=at_s)), resolved, Limits())
     assert story.picture is not None
-    read = exposition.parse(exposition.write(monitor.gauges(story.picture)))
+    read = exposition.parse(exposition.write(gauges.of(story.picture)))
     assert read is not None
     return read
 

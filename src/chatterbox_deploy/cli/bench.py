@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from chatterbox_deploy import benchmarks, comparison, heard, loads, rate_search
-from chatterbox_deploy.cli import arguments, bench_asked, bench_files, bench_tables, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from chatterbox_deploy.host import save
 
@@ -258,7 +258,10 @@ def _keep(run: Run, *, output: Path | None, plots: Sequence[Path]) -> CommandFai
         if output is not None:
             save(output, loads.to_json(run))
         for path in plots:
-            bench_files.plot(run, path)
+            # Takes a second to import, and is an extra.
+            from chatterbox_deploy import bench_plots  # noqa: PLC0415
+
+            save(path, bench_plots.draw(run, path.suffix))
     except CommandFailed as error:
         return error
     return None
