@@ -105,6 +105,10 @@ class Errand:
         if self._on_sound is not None:
             self._on_sound(samples)
 
+    def keep_whole(self) -> None:
+        """From now on nobody is to hear the beginning before the end is there."""
+        self._on_sound = None
+
     def drop(self) -> None:
         """Nobody waits for it any more."""
         self._wanted = False
