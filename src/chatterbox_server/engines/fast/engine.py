@@ -1,6 +1,7 @@
 """The fast engine: utterances at once on one device, T3's steps and S3Gen's batches each on a thread of their own."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -118,7 +119,7 @@ class FastEngine:
             watermarker=model.watermarker,
         )
         self._warm_up()
-        told = lambda: failures.told(self._cards)  # noqa: E731
+        told = functools.partial(failures.told, self._cards)
         self._batch = Batch(self._t3, by_count=kind == "turbo", around=lambda: self._stream(first=True), told=told)
         self._sounding = Sounding(self._sound, around=lambda: self._stream(first=False), told=told)
         memory = self.memory()

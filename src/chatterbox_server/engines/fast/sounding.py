@@ -15,13 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import EngineBroken, EngineError
-from chatterbox_server.engines.fast.sound import Sound, Take
-
-TOGETHER: Final = 16
-"""Takes of one batch: more of them save little and make the first of them wait."""
-
-UNEVEN: Final = 1.5
-"""Times that one take of a batch may be longer than the most urgent: a short one is not made to wait for a long one."""
+from chatterbox_server.engines.fast.sound import BATCHES, UNEVEN, Sound, Take
 
 PATIENCE_S: Final = 1.0
 """For how long one who wants all at once lets streams go before it."""
@@ -116,7 +110,8 @@ class Sounding:
             while not self._closed:
                 self._waiting.sort()
                 first = self._waiting[0].length if self._waiting else 0
-                alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][:TOGETHER]
+                # Others would only make it wait: ``Sound`` would speak them in a batch of their own.
+                alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][: BATCHES[-1]]
                 taken = {one.number for one in alike}
                 self._waiting = [one for one in self._waiting if one.number not in taken]
                 if wanted := [one for one in alike if one.future.set_running_or_notify_cancel()]:
