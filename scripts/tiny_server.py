@@ -1,7 +1,8 @@
 """The whole server around the tiny real model, as a process for benchmarks: `python scripts/tiny_server.py`.
 
-Settings come from the environment, as in a unit. The classes are chatterbox-tts' own (scripts/tiny_model.py), the
-weights random; no weights are on disk, so the one thing of ``python -m chatterbox_server`` that is left out is loading.
+Settings come from the environment, as in a unit; CHATTERBOX_ENGINE is ``stock`` or ``fast``. The classes are
+chatterbox-tts' own (scripts/tiny_model.py), the weights random; no weights are on disk, so the one thing of ``python -m
+chatterbox_server`` that is left out is loading.
 """
 
 from __future__ import annotations
@@ -118,10 +119,15 @@ def build(settings: Settings, directory: Path, *, eos_per_text: float, voices_ke
     import torch
     from scripts import tiny_model
 
+    from chatterbox_server.engines.fast import FastEngine
     from chatterbox_server.engines.stock import Placement, StockEngine
 
     torch.set_num_threads(1)
     model = tiny_model.tiny(settings.model, directory, eos_per_text=eos_per_text)
+    if settings.engine == "fast":
+        return FastEngine(
+            model, settings.model, device="cpu", max_batch=settings.max_batch, source="tiny", voices_kept=voices_kept
+        )
     return StockEngine(model, settings.model, placement=Placement("cpu", "cpu"), voices_kept=voices_kept)
 
 

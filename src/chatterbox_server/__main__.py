@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Final
 
-from chatterbox_server import crew, engines, logs, notify
+from chatterbox_server import engines, logs, notify
 from chatterbox_server.app import create_app, lifetime
 from chatterbox_server.engine import Engine, EngineError, Refused
 from chatterbox_server.keys import Keys, KeysError
@@ -42,8 +42,9 @@ def main() -> int:
         status = asyncio.run(serve(settings, os.environ, functools.partial(engines.load, settings)))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    if any(thread.name.startswith(crew.NAME) for thread in threading.enumerate()):
-        # Still inside an utterance nobody waits for, or stuck: finalizing Python beneath it would crash.
+    if any(thread.daemon for thread in threading.enumerate()):
+        # Of the crew, or an engine's own: still at an utterance nobody waits for, or stuck. Finalizing Python beneath
+        # it would crash.
         end_process(status)
     return status
 

@@ -114,13 +114,15 @@ class Speech:
                 self.service.metrics.engine_failed("out_of_memory")
                 raise
             pause_s = next(self._left) if spoken.last else 0.0
-            joined = await asyncio.to_thread(self._piece.join, spoken.samples, last=spoken.last, pause_s=pause_s)
+            piece, begun = self._piece, self._piece.begun
+            joined = await asyncio.to_thread(piece.join, spoken.samples, last=spoken.last, pause_s=pause_s)
             if spoken.last:
                 self._piece = InParts(self._joints)
             self.synthesis_s += spoken.synthesis_s
             self.spoken += spoken.last
             self.samples += joined.size
-            if joined.size or spoken.last:
+            # A piece of which nothing was heard is for the encoder to refuse; an end of silence is nothing to send.
+            if joined.size or (spoken.last and not begun):
                 return joined
 
 

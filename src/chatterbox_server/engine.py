@@ -5,13 +5,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Failure = Literal["out_of_memory", "broken", "stuck", "odd_piece", "recycled"]
 """What may go wrong with an engine, as metrics count it."""
+
+LOOK_UP_S: Final = 0.1
+"""How often one who waits inside an engine asks whether anybody still wants the utterance."""
 
 
 class EngineError(Exception):
@@ -104,6 +107,10 @@ class Errand:
         self.given += samples.size
         if self._on_sound is not None:
             self._on_sound(samples)
+
+    def keep_whole(self) -> None:
+        """From now on nobody is to hear the beginning before the end is there."""
+        self._on_sound = None
 
     def drop(self) -> None:
         """Nobody waits for it any more."""

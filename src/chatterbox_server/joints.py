@@ -85,23 +85,24 @@ class InParts:
 
     def __init__(self, joints: Joints) -> None:
         self._joints = joints
-        self._begun = False
         self._loudest = 0.0
+        self.begun = False
+        """There was something to hear of it."""
 
     def join(self, samples: NDArray[np.float32], *, last: bool, pause_s: float) -> NDArray[np.float32]:
         """What to hear of the next part; ``pause_s`` of silence after the ``last``. A beginning of silence is none."""
-        if last and not self._begun:
+        if last and not self.begun:
             return self._joints.join(samples, pause_s)
         if not _is_sound(samples):
             return np.concatenate((samples, self._joints.pause(pause_s))) if last else samples
         loud = self._joints.loud(samples, self._loudest)
         self._loudest = max(self._loudest, float(self._joints.energies(samples).max()))
-        if not self._begun and loud is None:
+        if not self.begun and loud is None:
             return samples[:0]
-        begin = 0 if self._begun or loud is None else loud.start
+        begin = 0 if self.begun or loud is None else loud.start
         end = samples.size if not last else 0 if loud is None else loud.stop
-        kept = self._joints.faded(samples[begin:end], into=not self._begun, out=last)
-        self._begun = True
+        kept = self._joints.faded(samples[begin:end], into=not self.begun, out=last)
+        self.begun = True
         return np.concatenate((kept, self._joints.pause(pause_s))) if last else kept
 
 

@@ -44,6 +44,8 @@ def speak(
     if not check_duration or errand.given or _plausible(engine, utterance, samples):
         return Sound(samples, remarks)
     errand.check()
+    # Which of the two is better, shows at the end.
+    errand.keep_whole()
     # The model sometimes stops early or rambles on; other dice seldom do it again.
     try:
         again, more = _in_memory(engine, dataclasses.replace(utterance, seed=utterance.seed ^ 1), errand, free)
@@ -65,6 +67,8 @@ def _in_memory(
             raise
     # Outside that handler, whose exception holds the frames that hold the memory.
     free()
+    # The second half's beginning would be heard before the first half's end.
+    errand.keep_whole()
     halves = text.split(
         utterance.text, language=utterance.language, longest=max(SMALLEST, len(utterance.text) * 2 // 3)
     )

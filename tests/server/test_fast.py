@@ -2,8 +2,11 @@
 
 import asyncio
 import functools
+import logging
 import random
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +132,40 @@ def test_a_failure_of_one_sound_is_nobody_elses(engine: "FastEngine", monkeypatc
     assert all(near(outcomes[seed], sound) for seed, sound in expected.items())
 
 
+def test_a_sound_that_nobody_waits_for_is_not_begun() -> None:
+    from chatterbox_server.engines.fast.sound import Take
+    from chatterbox_server.engines.fast.sounding import Sounding
+
+    class Held:
+        """S3Gen as far as it is asked here: it begins a batch, and is let go on."""
+
+        def __init__(self) -> None:
+            self.begun: list[int] = []
+            self.go = threading.Semaphore(0)
+
+        def speak(self, takes: Any) -> Any:
+            self.begun += [take.seed for take in takes]
+            assert self.go.acquire(timeout=PATIENCE_S)
+            return [torch.zeros(24) for _ in takes]
+
+    import torch
+
+    held = Held()
+    sounding = Sounding(held)  # type: ignore[arg-type]
+    voice = {"prompt_token": torch.zeros(1, 5)}
+    first = sounding.ask(Take(tokens=[1], voice=voice, seed=1))
+    while not held.begun:
+        time.sleep(0.001)
+    left, second, third = (sounding.ask(Take(tokens=[1], voice=voice, seed=seed)) for seed in (2, 3, 4))
+    left.cancel()
+    held.go.release(2)
+    sounds = [one.result(PATIENCE_S) for one in (first, second, third)]
+    assert held.begun == [1, 3, 4]
+    # Each is by itself: who keeps one keeps nobody else's.
+    assert all(sound.base is None for sound in sounds)
+    sounding.close()
+
+
 def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(
     engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,10 +225,68 @@ def test_a_text_too_long_to_be_read_is_refused_in_words(engine: "FastEngine") ->
         engine.synthesize(plain(engine, "word " * 400), Errand())
 
 
+def test_who_closes_it_is_told_what_was_in_hand(models: Models) -> None:
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine = FastEngine(models.lend("chatterbox"), "chatterbox", device="cpu", max_batch=1, keep_t3=True)
+    with ThreadPoolExecutor(2) as pool:
+        # Of one slot: one is spoken, the other waits for it.
+        asked = [pool.submit(engine.synthesize, plain(engine, "On and on " * 12), Errand()) for _ in range(2)]
+        while not engine._batch._in_hand:
+            time.sleep(0.001)
+        engine.close()
+        for one in asked:
+            with pytest.raises(EngineError, match="closed"):
+                one.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("made", ["fast", "stock"])
+def test_the_coldest_temperature_of_the_api_is_greedy(kind: str, made: str, models: Models) -> None:
+    """5e-324 is nothing in float32; all tokens would be no number."""
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine: Any
+    if made == "fast":
+        engine = FastEngine(models.lend(kind), kind, device="cpu", max_batch=1, keep_t3=True)
+    else:
+        engine = models.build(kind)
+    cold, cool = (engine.synthesize(plain(engine, temperature=one), Errand()) for one in (5e-324, 1e-4))
+    assert near(cold, cool)
+    if made == "fast":
+        engine.close()
+
+
+def test_where_it_cannot_run_the_stock_engine_speaks_and_one_line_says_why(
+    models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The package's loader wants gigabytes; what it returns is a tiny model here."""
+    from chatterbox.tts import ChatterboxTTS
+
+    from chatterbox_server.engines import fast
+
+    monkeypatch.setattr(ChatterboxTTS, "from_pretrained", lambda _device: models.lend("chatterbox"))
+    caplog.set_level(logging.INFO)
+    engine = fast.load(Settings(engine="fast", device="cpu"), lambda _device: "compute capability 7.5")
+    assert engine.name == "stock"
+    assert engine.synthesize(an_utterance("Hello."), Errand()).size
+    assert [record.getMessage() for record in caplog.records if "fast" in record.getMessage()] == [
+        "the fast engine cannot run here (compute capability 7.5): speaking through the stock engine"
+    ]
+
+
+def test_what_is_missing_it_says_as_the_stock_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chatterbox_server.engines import fast
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EngineError, match=r"cannot import chatterbox-tts .*: pip install"):
+        fast.load(Settings(engine="fast"))
+
+
 def test_what_it_cannot_speak_it_says_and_names_who_can() -> None:
     from chatterbox_server.engines import fast
 
     with pytest.raises(EngineError, match=r"multilingual.*server\.engine = .stock"):
         fast.load(Settings(engine="fast", model="multilingual", device="cpu"))
-    with pytest.raises(EngineError, match=r"two GPUs.*server\.engine = .stock"):
+    with pytest.raises(EngineError, match=r"2 GPUs.*server\.engine = .stock"):
         fast.load(Settings(engine="fast", visible_gpus=("0", "1")))

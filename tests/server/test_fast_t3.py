@@ -181,3 +181,51 @@ def test_bfloat16_changes_logits_by_little(kind: str, models: Models) -> None:
     exact, rounded = logits[torch.float32], logits[torch.bfloat16]
     assert float((rounded - exact).norm() / exact.norm()) < 0.03
     assert float((rounded.argmax(-1) == exact.argmax(-1)).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slot_is_anothers_while_steps_for_who_left_are_on_their_way(kind: str, models: Models) -> None:
+    """As on a GPU, results are heard a few steps late, here always as late as may be; nobody hears another's.
+
+    Of two slots, each goes through many hands; every third asker leaves before it is told all.
+    """
+    import torch
+
+    from chatterbox_server.engine import Errand
+    from chatterbox_server.engines.fast.batch import Batch
+    from chatterbox_server.engines.fast.slots import Slots
+    from chatterbox_server.engines.fast.t3 import T3, Work
+
+    class Late:
+        """What CUDA's event is to a GPU that is never ahead of the host."""
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            return None
+
+    class OnItsWay(T3):
+        def _begun(self, *told: Any) -> Work:
+            work = super()._begun(*told)
+            work._event = Late()
+            return work
+
+    model = models.lend(kind)
+    asked = [
+        but(an_utterance(TEXTS[number % 3], sampling=KINDS_KNOWN[kind].defaults), seed=number) for number in range(12)
+    ]
+    alone = [by_the_package(model, kind, one) for one in asked]
+    batch = Batch(OnItsWay(Slots(model.t3, slots=2, dtype=torch.float32)), by_count=kind == "turbo")
+    lines = [batch.ask(prompted(model, kind, one), one.seed, one.sampling, limit=1000) for one in asked]
+    try:
+        for number, (line, whole) in enumerate(zip(lines, alone, strict=True)):
+            leaves = number % 3 == 1
+            told = line.wait(Errand(), enough=2 if leaves else 1000)
+            batch.leave(line)
+            if kind == "turbo" and told[-1] == 6562:
+                told = told[:-1]
+            assert told == whole[: len(told)]
+            assert leaves or len(told) == len(whole)
+    finally:
+        batch.close()

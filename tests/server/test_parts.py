@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chatterbox_server import speaker
 from chatterbox_server.app import create_app
-from chatterbox_server.engine import EngineError
+from chatterbox_server.engine import EngineError, Errand, OutOfMemory, Utterance
 from chatterbox_server.joints import InParts, Joints
 from chatterbox_server.place import Spoken
 from chatterbox_server.settings import Settings
@@ -94,6 +95,49 @@ def test_what_was_heard_is_not_said_again_for_its_length() -> None:
     run(scenario())
 
 
+# -- spoken again -----------------------------------------------------------------------------------------
+
+
+class Unsteady(FakeEngine):
+    """What it says at first is wrong, before anybody has heard of it; then it gives the beginning before the end."""
+
+    def __init__(self, first: NDArray[np.float32] | OutOfMemory, second: NDArray[np.float32]) -> None:
+        super().__init__(in_parts=True)
+        self._first, self._second = first, second
+
+    def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+        self.heard.append(utterance)
+        if len(self.heard) > 1:
+            begin, end = np.split(self._second, 2)
+            if not errand.listens:
+                return self._second
+            errand.give(begin)
+            return end
+        if isinstance(self._first, OutOfMemory):
+            raise self._first
+        return self._first
+
+
+def listened(engine: FakeEngine, text: str) -> NDArray[np.float32]:
+    """All that a listener of one utterance hears."""
+    parts: list[NDArray[np.float32]] = []
+    sound = speaker.speak(engine, an_utterance(text), Errand(on_sound=parts.append), lambda: None)
+    return np.concatenate((*parts, sound.samples))
+
+
+def test_who_listens_to_a_second_try_hears_nothing_of_the_first() -> None:
+    """Half of the second try, the end alone, would be too short for its text; all of it is not."""
+    right = np.linspace(-0.5, 0.5, 2 * RATE_HZ, dtype=np.float32)
+    assert np.array_equal(listened(Unsteady(loud(0.1), right), "A sentence that takes longer than that."), right)
+
+
+def test_who_listens_where_memory_is_short_hears_the_halves_in_order() -> None:
+    text = "The first half of it is here and quite long, too. The second half of it is here, and as long."
+    half = np.concatenate((loud(1.0), 0.5 * loud(1.0)))
+    heard = listened(Unsteady(OutOfMemory("the GPU is full"), half), text)
+    assert [round(float(heard[round(at_s * RATE_HZ)]), 2) for at_s in (0.5, 1.5, 2.5, 3.5)] == [0.5, 0.25, 0.5, 0.25]
+
+
 # -- the joints -------------------------------------------------------------------------------------------
 
 
@@ -147,6 +191,35 @@ def test_a_short_text_is_streamed_to_who_asks_for_it(stream: str) -> None:
         else:
             assert streamed.text.count("speech.audio.delta") >= 3
             assert streamed.text.count("speech.audio.done") == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("end", [quiet(0.3), quiet(0.0)])
+def test_a_stream_whose_last_part_is_silence_or_nothing_ends_in_order(end: NDArray[np.float32]) -> None:
+    class Ends(FakeEngine):
+        def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+            if not errand.listens:
+                return loud(1.0)
+            errand.give(loud(0.5))
+            errand.give(loud(0.5))
+            return end
+
+    async def scenario() -> None:
+        asked = {"input": "Hello.", "response_format": "pcm", "stream_format": "sse"}
+        async with a_client(Ends()) as client:
+            answer = await client.post("/v1/audio/speech", json=asked)
+        assert '"code":"cut_short"' not in answer.text
+        assert answer.text.count("speech.audio.done") == 1
+
+    run(scenario())
+
+
+def test_a_stream_of_nothing_is_an_error() -> None:
+    async def scenario() -> None:
+        async with a_client(FakeEngine()) as client:
+            answer = await client.post("/v1/audio/speech", json={"input": "nothing", "stream_format": "audio"})
+        assert answer.status_code == 500
 
     run(scenario())
 

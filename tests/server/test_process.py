@@ -1,5 +1,6 @@
 """``python -m chatterbox_server`` as systemd runs it: real process, real port, real signals."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -226,6 +227,34 @@ def test_a_stop_takes_as_long_as_what_was_begun(tmp_path: Path) -> None:
             # Raises, were the stream cut short.
             assert sum(map(len, chunks)) > 100 * 48_000
         assert instance.process.wait(timeout=PATIENCE_S) == 0
+
+
+WITH_A_THREAD_OF_ITS_OWN = """
+import sys, threading, torch
+from chatterbox_server import __main__, engines
+from server.fakes import FakeEngine
+
+def work():
+    one = torch.ones(1000, 1000)
+    while True:
+        torch.mm(one, one)
+
+def load(settings):
+    threading.Thread(target=work, daemon=True).start()
+    return FakeEngine()
+
+engines.load = load
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+def test_a_thread_of_the_engines_that_is_still_at_work_makes_no_stop_a_crash(tmp_path: Path) -> None:
+    """As the fast engine's may be, for a client that left; torch aborts where Python is finalized beneath it."""
+    told = {"code": WITH_A_THREAD_OF_ITS_OWN, "PYTHONPATH": IMPORTED, "OMP_NUM_THREADS": "1"}
+    with an_instance(tmp_path, **told) as instance:
+        instance.wait_told("READY=1")
+        assert instance.stop()[0] == 0
 
 
 def test_keys_are_asked_for_and_read_again_on_a_hangup(tmp_path: Path) -> None:

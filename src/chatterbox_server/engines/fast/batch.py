@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from chatterbox_server.engine import EngineError, Errand, Sampling
+from chatterbox_server.engine import LOOK_UP_S, EngineError, Errand, Sampling
 from chatterbox_server.engines.fast import sampling as rules
 from chatterbox_server.engines.fast.slots import CHUNK, Bite, Prompt
 from chatterbox_server.engines.fast.t3 import READERS, T3, Work
@@ -23,9 +23,6 @@ AHEAD: Final = 3
 
 READS_IN_A_ROW: Final = 3
 """Bites of prompts before those who speak already take their next step."""
-
-LOOK_UP_S: Final = 0.1
-"""How often one who waits asks whether anybody still wants it."""
 
 
 @dataclass(eq=False)
@@ -122,6 +119,7 @@ class Batch:
             self._changed.notify()
 
     def close(self) -> None:
+        """End the thread; what is in hand fails."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -136,6 +134,8 @@ class Batch:
                         self._turn()
                 except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
                     self._fail(error)
+        for line in (*self._in_hand, *self._asked):
+            line.end(EngineError("the engine is closed"))
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there ever will be."""

@@ -1,17 +1,19 @@
 """The fast engine: utterances at once on one device, T3's steps and S3Gen's batches each on a thread of their own."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineError, Errand, GpuMemory, Refused, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -41,9 +43,6 @@ GROWTH: Final = 2.0
 
 WARM: Final = (FIRST_CHUNK, 60, 120, 240, 360, 500)
 """Tokens of what is spoken before anybody asks, at every size of batch: chunks as they grow, and up to 20 s at once."""
-
-LOOK_UP_S: Final = 0.1
-"""How often one who waits asks whether anybody still wants it."""
 
 MANNERS_KEPT: Final = 64
 """Of voices, as T3 reads them: a voice and its exaggeration."""
@@ -120,7 +119,7 @@ class FastEngine:
             watermarker=model.watermarker,
         )
         self._warm_up()
-        told = lambda: failures.told(self._cards)  # noqa: E731
+        told = functools.partial(failures.told, self._cards)
         self._batch = Batch(self._t3, by_count=kind == "turbo", around=lambda: self._stream(first=True), told=told)
         self._sounding = Sounding(self._sound, around=lambda: self._stream(first=False), told=told)
         memory = self.memory()
@@ -213,10 +212,13 @@ class FastEngine:
 
     def _sounds(self, take: "Take", errand: Errand, *, due_s: float | None = None) -> NDArray[np.float32]:
         future = self._sounding.ask(take, due_s=due_s)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return future.result(LOOK_UP_S)
-            errand.check()
+        try:
+            while not futures.wait((future,), LOOK_UP_S).done:
+                errand.check()
+        finally:
+            # Of one whom nobody waits for, nothing is made that was not begun.
+            future.cancel()
+        return future.result()
 
     def _in_chunks(self, utterance: Utterance, errand: Errand, voice: "Voice", line: "Line") -> NDArray[np.float32]:
         import torch
@@ -288,32 +290,17 @@ class FastEngine:
         return int(fitting)
 
 
-def load(settings: Settings) -> "FastEngine | StockEngine":
-    """Build the model that ``settings`` name; where this machine cannot do it fast, the stock engine around it.
+def unfit(device: str) -> str | None:
+    """Why this machine's GPU cannot run what the fast engine captures; ``None``: it can, or is not what is asked for.
 
-    Raises:
-        EngineError: with one line that says what is missing, or which engine to take instead.
+    Where there is no GPU, or no torch, whoever loads the model says so.
     """
-    if settings.model not in SPEAKS:
-        msg = f'cannot speak {settings.model} fast, only {" and ".join(SPEAKS)}: set server.engine = "stock"'
-        raise EngineError(msg)
-    if len(settings.visible_gpus) > 1:
-        msg = 'cannot spread the fast engine over two GPUs: give each a port of its own, or set server.engine = "stock"'
-        raise EngineError(msg)
-    if settings.device == "cuda" and (why := unfit()):
-        log.warning("the fast engine cannot run here (%s): speaking through the stock engine", why)
-        return stock.load(settings)
-    # What is float32 here has to be exact; all that is heavy is bfloat16.
-    built = stock.built(settings, tf32=False)
-    return FastEngine(
-        built.model, settings.model, device=built.placement.t3, max_batch=settings.max_batch, source=built.source
-    )
-
-
-def unfit() -> str | None:
-    """Why this machine's GPU cannot run what the fast engine captures; ``None``: it can, or there is none at all."""
-    import torch
-
+    if device == "cpu":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
@@ -336,3 +323,28 @@ def unfit() -> str | None:
     except Exception as error:  # noqa: BLE001 (whatever it is, the stock engine does without)
         return failures.one_line(error)
     return None
+
+
+def load(settings: Settings, unfit: Callable[[str], str | None] = unfit) -> "FastEngine | StockEngine":
+    """Build the model that ``settings`` name; where this machine is ``unfit``, the stock engine around it.
+
+    Raises:
+        EngineError: with one line that says what is missing, or which engine to take instead.
+    """
+    if settings.model not in SPEAKS:
+        msg = f'cannot speak {settings.model} fast, only {" and ".join(SPEAKS)}: set server.engine = "stock"'
+        raise EngineError(msg)
+    if settings.device == "cuda" and (count := len(settings.visible_gpus)) > 1:
+        msg = (
+            f"cannot spread the fast engine over {count} GPUs: give each a port of its own, or set "
+            'server.engine = "stock"'
+        )
+        raise EngineError(msg)
+    if why := unfit(settings.device):
+        log.warning("the fast engine cannot run here (%s): speaking through the stock engine", why)
+        return stock.load(settings)
+    # What is float32 here has to be exact; all that is heavy is bfloat16.
+    built = stock.built(settings, tf32=False)
+    return FastEngine(
+        built.model, settings.model, device=built.placement.t3, max_batch=settings.max_batch, source=built.source
+    )

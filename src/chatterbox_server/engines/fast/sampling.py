@@ -11,7 +11,7 @@ import torch
 
 from chatterbox_server.engine import Sampling
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.stock.kinds import TINY_CFG_WEIGHT
+from chatterbox_server.engines.stock.kinds import COLDEST, TINY_CFG_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _values(seed: int, sampling: Sampling, vocabulary: int) -> tuple[int | float
     return (
         noise.word(seed),
         max(sampling.cfg_weight, TINY_CFG_WEIGHT),
-        sampling.temperature,
+        max(sampling.temperature, COLDEST),
         sampling.min_p,
         1 - sampling.top_p,
         min(sampling.top_k, vocabulary) or vocabulary,

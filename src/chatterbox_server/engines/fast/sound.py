@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow
 from chatterbox_server.engines.fast.layers import Attention, Kernels
 from chatterbox_server.engines.fast.recorded import Recording, Recordings
@@ -251,7 +252,7 @@ class Sound:
             asked.heard[row, : share.prompt].copy_(voice["prompt_feat"][0])
             asked.speaker[row].copy_(voice["embedding"][0])
         told = self._sent(
-            [(share.tokens, share.prompt, share.prompt + share.frames, _signed(share.take.seed)) for share in full]
+            [(share.tokens, share.prompt, share.prompt + share.frames, noise.word(share.take.seed)) for share in full]
         )
         for target, values in zip((asked.lengths, asked.prompt, asked.frames, asked.seeds), told, strict=True):
             target.copy_(values)
@@ -267,7 +268,7 @@ class Sound:
         full = [*batch, *[batch[0]] * (rows - len(batch))]
         told = self._sent(
             [
-                (share.heard, share.begin, share.said - share.begin, _signed(share.take.seed), share.prompt)
+                (share.heard, share.begin, share.said - share.begin, noise.word(share.take.seed), share.prompt)
                 for share in full
             ]
         )
@@ -356,8 +357,3 @@ def _least(sizes: Sequence[int], count: int) -> int:
             return size
     msg = f"cannot speak {count} tokens or rows at once: at most {sizes[-1]}"
     raise ValueError(msg)
-
-
-def _signed(seed: int) -> int:
-    """The same 64 bits as torch's int64 has them."""
-    return (seed + 2**63) % 2**64 - 2**63

@@ -15,13 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import EngineBroken, EngineError
-from chatterbox_server.engines.fast.sound import Sound, Take
-
-TOGETHER: Final = 16
-"""Takes of one batch: more of them save little and make the first of them wait."""
-
-UNEVEN: Final = 1.5
-"""Times that one take of a batch may be longer than the most urgent: a short one is not made to wait for a long one."""
+from chatterbox_server.engines.fast.sound import BATCHES, UNEVEN, Sound, Take
 
 PATIENCE_S: Final = 1.0
 """For how long one who wants all at once lets streams go before it."""
@@ -58,7 +52,10 @@ class Sounding:
         threading.Thread(target=self._work, name="fast-s3gen", daemon=True).start()
 
     def ask(self, take: Take, *, due_s: float | None = None) -> "Future[NDArray[np.float32]]":
-        """The samples of ``take``, wanted at ``due_s`` by ``time.monotonic``; soon, if it is not said."""
+        """The samples of ``take``, wanted at ``due_s`` by ``time.monotonic``; soon, if it is not said.
+
+        Who wants them no more cancels the future.
+        """
         future: Future[NDArray[np.float32]] = Future()
         length = take.voice["prompt_token"].shape[-1] + len(take.tokens)
         with self._changed:
@@ -72,6 +69,7 @@ class Sounding:
         return future
 
     def close(self) -> None:
+        """End the thread; what waits fails."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -86,6 +84,8 @@ class Sounding:
                         one.future.set_exception(outcome)
                     else:
                         one.future.set_result(outcome)
+                # While it waits, nothing may hold what the last batch held: that is the GPU's memory.
+                del batch, one, outcome
 
     def _outcomes(self, batch: list[Waiting]) -> list[NDArray[np.float32] | Exception]:
         """Together; where that fails each alone, so that nobody suffers for another."""
@@ -107,22 +107,27 @@ class Sounding:
     def _next(self) -> list[Waiting]:
         """Whoever is most urgent, with others of like length; empty once all is over."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                for one in self._waiting:
+            while not self._closed:
+                self._waiting.sort()
+                first = self._waiting[0].length if self._waiting else 0
+                # Others would only make it wait: ``Sound`` would speak them in a batch of their own.
+                alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][: BATCHES[-1]]
+                taken = {one.number for one in alike}
+                self._waiting = [one for one in self._waiting if one.number not in taken]
+                if wanted := [one for one in alike if one.future.set_running_or_notify_cancel()]:
+                    return wanted
+                # Else those were given up, and others may wait behind them.
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+            for one in self._waiting:
+                if one.future.set_running_or_notify_cancel():
                     one.future.set_exception(EngineError("the engine is closed"))
-                self._waiting.clear()
-                return []
-            self._waiting.sort()
-            first = self._waiting[0].length
-            alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][:TOGETHER]
-            taken = {one.number for one in alike}
-            self._waiting = [one for one in self._waiting if one.number not in taken]
-            return alike
+            self._waiting.clear()
+            return []
 
     def _spoken(self, takes: list[Take]) -> list[NDArray[np.float32]]:
         samples = self._sound.speak(takes)
         sizes = [one.numel() for one in samples]
         # One copy to the host for all of them.
         whole = torch.cat(samples).cpu().numpy()
-        return np.split(whole, np.cumsum(sizes)[:-1])
+        # Each by itself, for who reads slowly would keep everybody's.
+        return [part.copy() for part in np.split(whole, np.cumsum(sizes)[:-1])]

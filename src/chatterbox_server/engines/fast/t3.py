@@ -75,8 +75,9 @@ class T3:
         size = self._steps[min(size for size in self._steps if size >= len(slots))]
         filled = (*slots, *[self.slots.spare] * (size.inputs[0].numel() - len(slots)))
         if size.told != filled:
-            size.told = filled
+            # Last: what fails has told nothing.
             self._tell(size.inputs[0], filled)
+            size.told = filled
         return self._begun(tuple(slots), (True,) * len(slots), self._run(size, sort=sort))
 
     def read(self, bites: Sequence[Bite], *, sort: bool) -> Work:

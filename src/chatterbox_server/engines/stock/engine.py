@@ -140,7 +140,16 @@ def load(settings: Settings) -> StockEngine:
     Raises:
         EngineError: with one line that says what is missing.
     """
-    return around(built(settings, tf32=settings.tf32), settings)
+    made = built(settings, tf32=settings.tf32)
+    return StockEngine(
+        made.model,
+        settings.model,
+        placement=made.placement,
+        # On one card both stages launch from one process, and T3 needs nearly all of it: little to win there.
+        pipeline=settings.pipeline == "on" or (settings.pipeline == "auto" and made.placement.split),
+        autocast=settings.autocast,
+        source=made.source,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +159,6 @@ class Built:
     model: Any
     placement: Placement
     source: str
-
-
-def around(built: Built, settings: Settings) -> StockEngine:
-    return StockEngine(
-        built.model,
-        settings.model,
-        placement=built.placement,
-        # On one card both stages launch from one process, and T3 needs nearly all of it: little to win there.
-        pipeline=settings.pipeline == "on" or (settings.pipeline == "auto" and built.placement.split),
-        autocast=settings.autocast,
-        source=built.source,
-    )
 
 
 def built(settings: Settings, *, tf32: bool) -> Built:

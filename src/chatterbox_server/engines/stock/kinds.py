@@ -10,6 +10,9 @@ from chatterbox_server.engine import Sampling, Utterance
 TINY_CFG_WEIGHT: Final = 1e-6
 """Stands for a ``cfg_weight`` of 0, which the package crashes on: its loop always expects two rows."""
 
+COLDEST: Final = 1e-4
+"""Stands for a ``temperature`` below it, by which float32 cannot divide: a GPU would be poisoned. Already greedy."""
+
 MOST_TOKENS: Final = 1000
 """As ``generate`` has it: after 40 s the model stops without a word."""
 
@@ -62,7 +65,7 @@ def guided(model: Any, utterance: Utterance, text: Any, conditionals: Any) -> An
         t3_cond=conditionals,
         text_tokens=text,
         max_new_tokens=MOST_TOKENS,
-        temperature=sampling.temperature,
+        temperature=max(sampling.temperature, COLDEST),
         cfg_weight=max(sampling.cfg_weight, TINY_CFG_WEIGHT),
         repetition_penalty=sampling.repetition_penalty,
         min_p=sampling.min_p,
@@ -89,7 +92,7 @@ def turbo(model: Any, utterance: Utterance, text: Any, conditionals: Any) -> Any
     return model.t3.inference_turbo(
         t3_cond=conditionals,
         text_tokens=text,
-        temperature=sampling.temperature,
+        temperature=max(sampling.temperature, COLDEST),
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         repetition_penalty=sampling.repetition_penalty,
