@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from host import front_lab, front_text
 from host.front_lab import SPEECH, Front, Instances, ask, load, lost
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -114,7 +115,7 @@ def fleet(variant: str | None, count: int, **options: float | bool) -> Iterator[
     """``count`` instances behind nginx."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        port = front_lab.free_ports(1)[0]
+        port = free_ports(1)[0]
         with Instances(directory, count, **options) as instances:
             nginx = directory / "nginx"
             with Front(nginx, text(variant, instances, port, nginx), port) as front:

@@ -52,8 +52,6 @@ from chatterbox_server.engines.stock.silence import silenced
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_server.engines.fast.layers import Attention
-
 PEAK_FLOPS = 989e12
 """bf16, dense: NVIDIA's data sheets of H100 SXM and H200."""
 HALF = torch.bfloat16
@@ -223,8 +221,7 @@ def exact(bench: Bench) -> None:
     variants = {
         "encoder bf16": replace(plain, encoder=HALF),
         "estimator bf16, torch": replace(plain, estimator=HALF),
-        "estimator bf16, triton, flash": replace(flow, attention="flash"),
-        "estimator bf16, triton, cudnn": replace(flow, attention="cudnn"),
+        "estimator bf16, triton": flow,
         "estimator fp16, triton": replace(flow, estimator=torch.float16),
         "vocoder bf16": replace(fast, encoder=torch.float32, estimator=torch.float32, vocoder=HALF),
         "vocoder fp16": replace(fast, encoder=torch.float32, estimator=torch.float32),
@@ -269,14 +266,15 @@ def row(took_s: float, batch: int, name: str) -> str:
 
 def whole(bench: Bench) -> None:
     spoken, prompt = bench.tokens(SPOKEN), bench.tokens(PROMPT)
-    print(f"\n== whole: {spoken} tokens after {prompt} of a voice, to marked sound: batch, ms, ms a request")
+    print(
+        f"\n== whole: {spoken} tokens after {prompt} of a voice, to marked sound: batch, ms, ms a request", flush=True
+    )
     fast, most = fastest(bench), 2 if bench.tiny else 16
     ways = {
-        "flash": replace(fast, attention="flash"),
-        "cudnn": replace(fast, attention="cudnn"),
-        "flash, torch's kernels": replace(fast, attention="flash", kernels="torch"),
+        "how_for": fast,
+        "how_for, but for torch's kernels": replace(fast, kernels="torch"),
     }
-    runs = [(most, name) for name in ways] + [(batch, "flash") for batch in ((1,) if bench.tiny else (1, 2, 4, 8))]
+    runs = [(most, name) for name in ways] + [(batch, "how_for") for batch in ((1,) if bench.tiny else (1, 2, 4, 8))]
     for batch, name in runs:
         attempt(name, partial(timed, bench, batch, name, ways[name]))
     attempt("parts", partial(parts, bench, most, fast))
@@ -336,10 +334,8 @@ def first(bench: Bench) -> None:
         took = bench.seconds(chunk, 9)
         return f"{1e3 * took:7.2f} ms for {len(chunk()) / 24:.0f} ms of sound"
 
-    tried: tuple[tuple[int, Attention], ...] = ((15, "flash"), (15, "cudnn"), (25, "flash"))
-    for count, attention in tried:
-        how = replace(fast, attention=attention)
-        print(f"  {count} tokens, {attention}: {attempt(attention, partial(measure, count, how))}", flush=True)
+    for count in (15, 25):
+        print(f"  {count} tokens: {attempt('first', partial(measure, count, fast))}", flush=True)
 
 
 def mark(bench: Bench) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from chatterbox_deploy import client
 from chatterbox_deploy.errors import BenchmarkError
 
 if TYPE_CHECKING:
@@ -91,14 +91,11 @@ def at(urls: Iterable[str]) -> tuple[Door, ...]:
     """
     doors, problems = [], []
     for url in urls:
-        parts = urlsplit(url)
-        try:
-            good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:
-            good = False
-        if not good or parts.path not in ("", "/", "/v1", "/v1/") or parts.query:
+        found = client.base_url(url)
+        if found is None:
             problems.append(f"--url: cannot ask {url!r}; write it as http://127.0.0.1:6093")
-        doors.append(Door(parts.netloc, f"{parts.scheme}://{parts.netloc}"))
+        else:
+            doors.append(Door(found.partition("://")[2], found))
     names = [door.name for door in doors]
     problems += [f"--url: {name} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:

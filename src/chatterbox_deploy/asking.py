@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import aiohttp
 
-from chatterbox_deploy import heard
+from chatterbox_deploy import client, heard
+from chatterbox_deploy.fleet import SPEECH
 from chatterbox_deploy.loads import Sample
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from chatterbox_deploy.aims import Door
     from chatterbox_deploy.loads import Load
-
-SPEECH = "/v1/audio/speech"
 
 HEAD_BYTES = 4096
 """In which every header of a steady format ends."""
@@ -31,9 +29,8 @@ def open_session(api_key: str | None) -> aiohttp.ClientSession:
 
     A kept one would be closed by a server just as the next request comes, now and then: our failure, not its own.
     """
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    return aiohttp.ClientSession(connector=connector, headers=headers, auto_decompress=False)
+    return aiohttp.ClientSession(connector=connector, headers=client.authorization(api_key), auto_decompress=False)
 
 
 class Asker:
@@ -82,7 +79,7 @@ class Asker:
         except TimeoutError:
             failure = "timed out"
         except aiohttp.ClientConnectorError as error:
-            failure = f"cannot connect: {os.strerror(error.errno or 0).lower()}"
+            failure = f"cannot connect: {client.why(error)}"
         except (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError):
             failure = "cut short" if answer.size_bytes else "hung up on"
         except aiohttp.ClientError as error:

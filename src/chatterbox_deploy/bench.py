@@ -95,7 +95,7 @@ async def probe(session: aiohttp.ClientSession, doors: Iterable[Door], load: Loa
 
 def _advice(sample: Sample) -> str:
     if sample.status in (401, 403):
-        return "; it wants a key: CHATTERBOX_API_KEY=…"
+        return "; give an API key: --api-key-file FILE, or $CHATTERBOX_API_KEY"
     return "; is the fleet running? `chatterbox-deploy status`" if sample.status is None else ""
 
 

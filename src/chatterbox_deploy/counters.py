@@ -5,15 +5,11 @@ Only the few counters that a benchmark takes the difference of (``chatterbox_ser
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 
-SPEECH = "/v1/audio/speech"
-
-# NAME{LABELS} VALUE [TIMESTAMP], as prometheus.io/docs/instrumenting/exposition_formats has it.
-_LINE = re.compile(r'([a-zA-Z_:][\w:]*)(?:\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\})?\s+(\S+)(?:\s+\d+)?\s*')
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+from chatterbox_deploy import exposition
+from chatterbox_deploy.exposition import Exposition
+from chatterbox_deploy.fleet import SPEECH
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +29,17 @@ class Reading:
 
 
 def parse(text: str, at_s: float) -> Reading:
-    """One scrape; a line that is none of the format's is passed over."""
-    plain: dict[str, float] = {}
-    ended: Counter[str] = Counter()
-    for line in text.splitlines():
-        found = _LINE.fullmatch(line)
-        if found is None:
-            continue
-        try:
-            value = float(found[3])
-        except ValueError:
-            continue
-        if found[2] is None:
-            plain[found[1]] = value
-        elif found[1] == "chatterbox_requests_total":
-            labels = dict(_LABEL.findall(found[2]))
-            if labels.get("route") == SPEECH:
-                ended[labels.get("outcome", "")] += int(value)
+    """One scrape; what is no scrape tells nothing."""
+    told = exposition.parse(text) or Exposition()
+    ended = told.only("chatterbox_requests_total", "route", (SPEECH,)).by("chatterbox_requests_total", "outcome")
     return Reading(
         at_s=at_s,
-        started_s=plain.get("process_start_time_seconds"),
-        ended=dict(ended),
-        audio_s=plain.get("chatterbox_audio_seconds_total"),
-        synthesis_s=plain.get("chatterbox_synthesis_seconds_total"),
-        tokens=plain.get("chatterbox_speech_tokens_total"),
-        cpu_s=plain.get("process_cpu_seconds_total"),
+        started_s=told.value(exposition.STARTED),
+        ended={outcome: int(count) for outcome, count in ended.items()},
+        audio_s=told.value("chatterbox_audio_seconds_total"),
+        synthesis_s=told.value("chatterbox_synthesis_seconds_total"),
+        tokens=told.value("chatterbox_speech_tokens_total"),
+        cpu_s=told.value("process_cpu_seconds_total"),
     )
 
 

@@ -62,6 +62,25 @@ def find(situation: Situation) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: order.index(finding.severity)))
 
 
+def _gpu_not_here(situation: Situation) -> Iterator[Finding]:
+    file = situation.fleet_file
+    # A capture may be of some GPUs only (-i); a slice of one (MIG) has no card of its own.
+    if file is None or not file.fleet.service.uses_gpu or situation.captured:
+        return
+    here = {name for card in situation.cards for name in (card.index, card.uuid)}
+    asked = dict.fromkeys(gpu for instance in file.fleet.instances for gpu in instance.gpus)
+    missing = tuple(gpu for gpu in asked if gpu not in here and not gpu.startswith("MIG-"))
+    if missing:
+        known = ", ".join(f"GPU {card.index}: {card.name}" for card in situation.cards) or "none"
+        yield Finding(
+            name="gpu-not-here",
+            severity="high",
+            what=f"{file.path} is for GPU {' and '.join(missing)}, which this machine has not got",
+            evidence=(f"known here: {known} (by {situation.told_by})",),
+            remedy="`nvidia-smi -L` lists the GPUs by number and UUID; if one is missing there, dmesg(1) may say why",
+        )
+
+
 def _gpu_idle(situation: Situation) -> Iterator[Finding]:
     idle = [card for card in situation.cards if usage.is_idle(card)]
     others = [card for card in situation.cards if card.uuid and card not in idle]
@@ -308,6 +327,7 @@ def _tf32_off(situation: Situation) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     _one_gpu_takes_all,
+    _gpu_not_here,
     _gpu_idle,
     _pinned_to_one,
     _hard_coded,

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 """Instances listen on loopback only. A literal, since ``localhost`` may resolve to ::1 first."""
 
+SPEECH = "/v1/audio/speech"
+"""The route by which an instance is asked to speak."""
+
+SPEECH_ROUTES = (SPEECH, "/synthesize", "/synthesize-json")
+"""Those of older clients, too: whoever asks there wants to hear something."""
+
 MARGIN_S = 10
 """Seconds by which an outer timeout exceeds the inner ones, so that the inner one answers first."""
 

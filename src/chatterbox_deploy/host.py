@@ -236,7 +236,9 @@ class LocalHost:
             for file in files:
                 target = self.at(file.path)
                 try:
-                    staged.append((_stage(file, target), target))
+                    # Around what only its owner may read, a directory that only he may open.
+                    target.parent.mkdir(mode=0o777 if file.mode & 0o077 else 0o700, parents=True, exist_ok=True)
+                    staged.append((_stage(file.text.encode(), target, mode=file.mode), target))
                 except OSError as error:
                     raise _failed("write", target, error) from None
             while staged:
@@ -394,19 +396,45 @@ def _locked(place: Path) -> Iterator[TextIO]:
                 return
 
 
-def _stage(file: RenderedFile, target: Path) -> Path:
-    """The file's bytes, synced, under a temporary name beside ``target``."""
-    # Around what only its owner may read, a directory that only he may open.
-    target.parent.mkdir(mode=0o777 if file.mode & 0o077 else 0o700, parents=True, exist_ok=True)
+def save(path: Path, content: str | bytes) -> None:
+    """What somebody wants in a file, whole or not at all; a device or a pipe (/dev/stdout) is written as it is.
+
+    Raises:
+        CommandFailed: it cannot be written.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_bytes(content)
+            return
+        target = path.resolve()
+        temporary = _stage(content, target, mode=0o666 & ~_umask())
+        try:
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _failed("write", path, error) from None
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _stage(content: bytes, target: Path, *, mode: int) -> Path:
+    """The bytes, synced, under a temporary name beside ``target``."""
     # A directory in the way would be found only by the rename, after others were already written.
     if target.is_dir():
         raise IsADirectoryError(None, "is a directory")
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
-            stream.write(file.text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
-            os.fchmod(stream.fileno(), file.mode)
+            os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
     except BaseException:
         with suppress(OSError):

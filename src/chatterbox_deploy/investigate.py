@@ -8,22 +8,24 @@ from __future__ import annotations
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import gpu_words, nginx, nvml, observe, proc, render, situation, smi, systemd
 from chatterbox_deploy.errors import CaptureError, CommandFailed
 from chatterbox_deploy.situation import Pin, Program, Situation, short_name
+from chatterbox_deploy.survey import ANSWER_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from chatterbox_deploy.cards import Card, Process
+    from chatterbox_deploy.fleet import Instance
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.situation import FleetFile
 
 TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 2.0
 WATCH_S = 1.0
 """For which CPU use is counted."""
 
@@ -265,24 +267,27 @@ def _nginx_texts(host: Host) -> dict[str, str]:
     return {str(path): content.decode(errors="replace") for path in paths if (content := _bytes(host, str(path)))}
 
 
-def _end_of(host: Host, path: str) -> str | None:
+def _end_of(host: Host, path: str) -> bytes | None:
     try:
-        return host.run(("tail", f"--bytes={LOG_BYTES}", path), timeout_s=TIMEOUT_S).stdout
+        piece = host.read_on(PurePosixPath(path), {}, limit_bytes=LOG_BYTES)
     except CommandFailed:
         return None
+    return None if piece is None else piece.content
 
 
 def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:
     """Of our own instances that answer, and that have a GPU."""
-    told: dict[str, bool] = {}
     if not file.fleet.service.speaks_notify:
-        return told
-    for instance in file.fleet.instances:
+        return {}
+
+    def ask(instance: Instance) -> bool | None:
         answer = host.request("GET", f"http://{instance.host}:{instance.port}/readyz", timeout_s=ANSWER_TIMEOUT_S)
-        on = None if answer is None else _says_tf32(answer.body)
-        if on is not None:
-            told[instance.name] = on
-    return told
+        return None if answer is None else _says_tf32(answer.body)
+
+    # All at once, so that those that hang are waited for together.
+    with ThreadPoolExecutor(len(file.fleet.instances)) as pool:
+        told = zip(file.fleet.instances, pool.map(ask, file.fleet.instances), strict=True)
+        return {instance.name: on for instance, on in told if on is not None}
 
 
 def _says_tf32(body: bytes) -> bool | None:

@@ -1,86 +1,36 @@
-"""What a fleet does from one look to the next: rows, events, curves. Decides; asks nobody, prints nothing.
-
-Whatever happens in time is told of a window: of the last ``WINDOW_S`` seconds, or of as many as were seen.
-"""
+"""What a fleet does from one look to the next: its picture, its events, its curves. Decides; asks nobody."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from chatterbox_deploy import exposition, status, systemd
-from chatterbox_deploy.exposition import Exposition, Gauge
+from chatterbox_deploy import conditions, exposition, status, systemd
+from chatterbox_deploy.fleet import SPEECH_ROUTES
+from chatterbox_deploy.picture import FRONT, WINDOW_S, Event, Front, FrontRow, GpuRow, InstanceRow, Picture
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
 
     from chatterbox_deploy.cards import Card
+    from chatterbox_deploy.conditions import Condition, Limits
+    from chatterbox_deploy.exposition import Exposition
     from chatterbox_deploy.fleet import Fleet, Instance
     from chatterbox_deploy.nginx import Request
+    from chatterbox_deploy.picture import Severity
 
-WINDOW_S = 60.0
 HISTORY_S = 600.0
 """For which curves are kept."""
 
 LATEST = 100
 """Events that are kept."""
 
-Severity = Literal["critical", "warning", "note"]
-Phase = Literal["begins", "ends", "happens"]
-
-FRONT = "front"
-ADVISE = "chatterbox-deploy advise"
 REQUESTS = "chatterbox_requests_total"
-SPEECH_ROUTES = ("/v1/audio/speech", "/synthesize", "/synthesize-json")
-"""Whose requests are counted: those that want to hear something, not our own looks."""
-
 OUTCOMES = ("answered", "refused", "busy", "failed", "left", "cut")
 """Of a request, as the instances' own help of that metric explains them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Beyond which something is an event."""
-
-    temperature_c: float = 85.0
-    """Of a GPU. NVIDIA's data center cards slow themselves down from 83 to 90 °C on, by model."""
-
-    gpu_memory_percent: float = 95.0
-    rtf: float = 1.0
-    """Seconds of synthesis per second of sound; above 1 a listener waits."""
-
-    wait_s: float = 10.0
-    """Mean wait for the engine, of one instance."""
-
-    error_percent: float = 1.0
-    """Of the front's answers, 5xx other than 503, which only says that all queues are full."""
-
-    refused_percent: float = 5.0
-    """Of the front's answers, 503."""
-
-
-def limits(given: Mapping[str, str]) -> Limits:
-    """The defaults, but for those that are given, as an operator types them.
-
-    Raises:
-        ValueError: there is no such limit, or it is no number.
-    """
-    names = [each.name for each in fields(Limits)]
-    numbers: dict[str, float] = {}
-    for name, text in given.items():
-        if name not in names:
-            msg = f"there is no limit {name!r}; there are {', '.join(names)}"
-            raise ValueError(msg)
-        try:
-            numbers[name] = float(text)
-        except ValueError:
-            msg = f"{name} should be a number, got {text!r}; write it like temperature_c=80"
-            raise ValueError(msg) from None
-    return Limits(**numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,205 +52,6 @@ class Look:
 
     notes: tuple[str, ...] = ()
     """What could not be asked, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class GpuRow:
-    """One GPU now. ``None`` is unknown, never 0."""
-
-    gpu: str
-    """Its index, as nvidia-smi counts."""
-
-    uuid: str | None
-    name: str
-    """Of one that does not answer: the reason."""
-
-    memory_used_bytes: int | None
-    memory_total_bytes: int | None
-    utilisation_percent: float | None
-    sm_active_percent: float | None
-    temperature_c: float | None
-    power_w: float | None
-    power_limit_w: float | None
-    p_state: str | None
-    throttled_by: tuple[str, ...] | None
-
-    @property
-    def memory_percent(self) -> float | None:
-        if self.memory_used_bytes is None or not self.memory_total_bytes:
-            return None
-        return 100 * self.memory_used_bytes / self.memory_total_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceRow:
-    """One instance now, and in the window. ``None`` is unknown, never 0."""
-
-    instance: str
-    gpus: tuple[str, ...]
-    port: int
-    unit: str | None
-    """``ActiveState/SubState``; ``None`` where systemd knows no such unit, as below ``up``."""
-
-    ready: str | None
-    """``ready``, ``draining``, ``not ready``, ``no answer``; ``None`` for a server that does not tell."""
-
-    waiting: int | None
-    running: int | None
-    restarts: int | None
-    window_s: float | None
-    """How long was seen of what follows."""
-
-    requests_per_s: float | None
-    """To speak."""
-
-    wait_s: float | None
-    """Mean from admission until the engine began; ``None``, as all that follow, where there was nothing to measure."""
-
-    first_byte_s: float | None
-    """Mean from arrival until the first sound was sent."""
-
-    first_byte_p95_s: float | None
-    rtf: float | None
-    audio_s_per_s: float | None
-    tokens_per_s: float | None
-    """Of speech, while the engine worked; ``None`` too where the engine counts none."""
-
-    busy_percent: float | None
-    """Share of time in which the engine spoke; above 100 where it speaks several at a time."""
-
-    outcomes: Mapping[str, int] | None
-    """Requests to speak by outcome since the process started."""
-
-    gpu_memory_bytes: int | None
-
-    @property
-    def lost(self) -> bool:
-        """Whether it can speak for nobody, as far as is known."""
-        down = self.unit is not None and not self.unit.startswith("active/")
-        return self.ready == "no answer" or (self.ready is None and down)
-
-
-@dataclass(frozen=True, slots=True)
-class FrontRow:
-    """What the front's log tells of one instance in the window, or of what nginx answered by itself (``front``)."""
-
-    instance: str
-    requests: int
-    """That it answered last, well or not."""
-
-    share_percent: float | None
-    errors: int
-    """Of these, 5xx without 503."""
-
-    refused: int
-    """Of these, 503: nobody had room, and this one was asked last."""
-
-    passed_on: int
-    """Requests that it was asked for in vain, and another one after it."""
-
-    p50_s: float | None
-    p95_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Front:
-    """The front, and what it answered in the window."""
-
-    listen: str
-    answers: bool | None
-    nginx: str | None
-    """ActiveState of the host's nginx; ``None`` where systemd knows none."""
-
-    requests: int | None
-    errors: int | None
-    """5xx without 503."""
-
-    refused: int | None
-    """503: nobody had room."""
-
-    retried: int | None
-    """Requests for which more than one instance was asked."""
-
-    rows: tuple[FrontRow, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that begins, ends, or happens once."""
-
-    time: datetime
-    phase: Phase
-    severity: Severity
-    about: str
-    """An instance, ``GPU 0``, or ``front``."""
-
-    text: str
-    do: str | None
-    """What to type."""
-
-    lasted_s: float | None = None
-    """Of one that ends."""
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """All that is shown of one moment."""
-
-    time: datetime
-    monotonic_s: float
-    window_s: float | None
-    """Seconds between the first and the last look of the window; ``None`` at the first look."""
-
-    gpus: tuple[GpuRow, ...] | None
-    instances: tuple[InstanceRow, ...]
-    front: Front
-    audio_s_per_s: float | None
-    """Of all instances that told."""
-
-    now: tuple[Event, ...]
-    """What has begun and not ended, the gravest first."""
-
-    new: tuple[Event, ...]
-    """What began, ended or happened since the last look."""
-
-    notes: tuple[str, ...]
-
-    @property
-    def well(self) -> bool:
-        """Whether nothing critical goes on."""
-        return not any(event.severity == "critical" for event in self.now)
-
-    def as_json(self) -> dict[str, Any]:
-        """The same for programs: bytes, seconds, percent; ``null`` is unknown."""
-
-        def told(event: Event) -> dict[str, Any]:
-            return {**asdict(event), "time": event.time.isoformat(timespec="milliseconds")}
-
-        said: dict[str, Any] = _rounded(
-            {
-                "time": self.time.isoformat(timespec="milliseconds"),
-                "well": self.well,
-                "window_s": self.window_s,
-                "audio_s_per_s": self.audio_s_per_s,
-                "gpus": None if self.gpus is None else [asdict(row) for row in self.gpus],
-                "instances": [asdict(row) for row in self.instances],
-                "front": asdict(self.front),
-                "now": [told(event) for event in self.now],
-                "events": [told(event) for event in self.new],
-                "notes": list(self.notes),
-            }
-        )
-        return said
-
-
-def _rounded(value: Any) -> Any:
-    """Four places are more than was measured."""
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,12 +108,12 @@ def follow(story: Story, look: Look, fleet: Fleet, allowed: Limits) -> Story:
     instances = tuple(_instance_row(instance, look, steps.get(instance.name, ())) for instance in fleet.instances)
     front = _front(fleet, look, requests)
     seen = tuple(sorted({*story.seen_gpus, *(row.gpu for row in gpus or ())}))
-    conditions = {
-        **dict(_gpu_conditions(gpus or (), seen, story.going_on, allowed)),
-        **dict(_instance_conditions(fleet, instances, allowed)),
-        **dict(_front_conditions(front, allowed)),
+    so_now = {
+        **dict(conditions.of_gpus(gpus or (), seen, story.going_on, allowed)),
+        **dict(conditions.of_instances(fleet, instances, allowed)),
+        **dict(conditions.of_front(front, allowed)),
     }
-    going_on = _going_on(story, look, conditions)
+    going_on = _going_on(story, look, so_now)
     new = (*_happened(story, look, steps, fleet), *_turns(story, look, going_on))
     told = [row.audio_s_per_s for row in instances if row.audio_s_per_s is not None]
     picture = Picture(
@@ -557,96 +308,10 @@ def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
 # Events
 
 
-@dataclass(frozen=True, slots=True)
-class _Condition:
-    severity: Severity
-    about: str
-    text: str
-    do: str | None = None
-    lingers_s: float = 0.0
-    """For how long it may be absent and still goes on: what comes and goes with every look is one event."""
-
-
-LINGERS_S = 10.0
-
-
-# What is so now, by a key that stays the same while it lasts.
-_Conditions = Iterator[tuple[str, _Condition]]
-
-
-def _gpu_conditions(
-    gpus: Sequence[GpuRow], seen: Sequence[str], going_on: Mapping[str, object], allowed: Limits
-) -> _Conditions:
-    for gpu in seen:
-        if gpu not in {row.gpu for row in gpus if row.uuid is not None}:
-            yield f"gpu {gpu} lost", _Condition("critical", f"GPU {gpu}", "does not answer any more", "dmesg")
-    for row in gpus:
-        about = f"GPU {row.gpu}"
-        hot = f"gpu {row.gpu} hot"
-        # Some degrees lower at the end than at the beginning, or it would begin and end all the time.
-        limit_c = allowed.temperature_c - (3 if hot in going_on else 0)
-        if row.temperature_c is not None and row.temperature_c >= limit_c:
-            yield (
-                hot,
-                _Condition("warning", about, f"is hot: {row.temperature_c:.0f} °C", "nvidia-smi -q -d TEMPERATURE"),
-            )
-        for reason in row.throttled_by or ():
-            # At its power limit a busy card is where it should be: worth knowing, and no alarm.
-            grave: Severity = "note" if reason == "sw_power_cap" else "warning"
-            text = f"is slowed down: {reason}"
-            yield f"gpu {row.gpu} {reason}", _Condition(grave, about, text, "nvidia-smi -q -d PERFORMANCE", LINGERS_S)
-        if row.memory_percent is not None and row.memory_percent >= allowed.gpu_memory_percent:
-            text = f"is full: {row.memory_percent:.0f} % of its memory is used"
-            yield f"gpu {row.gpu} full", _Condition("warning", about, text, "nvidia-smi")
-
-
-def _instance_conditions(fleet: Fleet, rows: Sequence[InstanceRow], allowed: Limits) -> _Conditions:
-    for instance, row in zip(fleet.instances, rows, strict=True):
-        name = row.instance
-        log = f"chatterbox-deploy logs {name}"
-        if row.lost:
-            state = "" if row.unit is None else f", its unit is {row.unit}"
-            yield f"{name} lost", _Condition("critical", name, f"does not answer{state}", log)
-        if row.ready == "not ready":
-            yield f"{name} not ready", _Condition("critical", name, "not ready: its engine is dead or stuck", log)
-        if row.ready == "draining":
-            yield f"{name} draining", _Condition("note", name, "ends, and finishes what it began")
-        room = _queue_size(instance)
-        if row.waiting is not None and room and row.waiting >= room:
-            text = f"its queue is full: {row.waiting} wait"
-            yield f"{name} full", _Condition("warning", name, text, ADVISE, LINGERS_S)
-        if row.wait_s is not None and row.wait_s > allowed.wait_s:
-            yield f"{name} waits", _Condition("warning", name, f"requests wait {row.wait_s:.1f} s for it", ADVISE)
-        if row.rtf is not None and row.rtf > allowed.rtf:
-            text = f"slower than the listener: {row.rtf:.2f} s for 1 s of sound"
-            yield f"{name} slow", _Condition("warning", name, text, ADVISE)
-
-
-def _queue_size(instance: Instance) -> int | None:
-    told = instance.environment.get("CHATTERBOX_QUEUE_SIZE", "")
-    return int(told) if told.isdigit() else None
-
-
-def _front_conditions(front: Front, allowed: Limits) -> _Conditions:
-    log = f"journalctl -u {systemd.NGINX_UNIT}"
-    if front.answers is False:
-        yield "front lost", _Condition("critical", FRONT, f"does not answer on {front.listen}", log)
-    if not front.requests or front.errors is None or front.refused is None:
-        return
-    if (percent := 100 * front.errors / front.requests) >= allowed.error_percent:
-        text = f"{percent:.1f} % of its answers are errors"
-        yield "front errors", _Condition("critical", FRONT, text, "chatterbox-deploy status")
-    if (percent := 100 * front.refused / front.requests) >= allowed.refused_percent:
-        text = f"{percent:.1f} % of requests find every queue full"
-        yield "front refuses", _Condition("warning", FRONT, text, ADVISE)
-
-
-def _going_on(story: Story, look: Look, conditions: Mapping[str, _Condition]) -> dict[str, GoingOn]:
+def _going_on(story: Story, look: Look, so_now: Mapping[str, Condition]) -> dict[str, GoingOn]:
     at_s = look.found.monotonic_s
-    kept = {
-        key: each for key, each in story.going_on.items() if key in conditions or at_s - each.last_s < each.lingers_s
-    }
-    for key, each in conditions.items():
+    kept = {key: each for key, each in story.going_on.items() if key in so_now or at_s - each.last_s < each.lingers_s}
+    for key, each in so_now.items():
         event = Event(look.time, "begins", each.severity, each.about, each.text, each.do)
         before = kept.get(key)
         kept[key] = GoingOn(at_s, at_s, each.lingers_s, event) if before is None else replace(before, last_s=at_s)
@@ -743,103 +408,3 @@ def curve(story: Story, name: str, *, cells: int, span_s: float) -> tuple[float 
         if part >= 0 and name in values:
             parts[part].append(values[name])
     return tuple(sum(part) / len(part) if part else None for part in parts)
-
-
-# For other programs
-
-
-def table(picture: Picture) -> Iterator[tuple[str, str, str, float | str | None]]:
-    """(what it is about, its name, quantity, value) of all that is shown: a line each of a CSV file."""
-    about: list[tuple[str, str, object]] = [
-        *(("gpu", row.gpu, row) for row in picture.gpus or ()),
-        *(("instance", row.instance, row) for row in picture.instances),
-        *(("front", row.instance, row) for row in picture.front.rows or ()),
-    ]
-    yield "fleet", "", "audio_s_per_s", _rounded(picture.audio_s_per_s)
-    for quantity in ("requests", "errors", "refused", "retried"):
-        yield "front", "", quantity, getattr(picture.front, quantity)
-    for what, name, row in about:
-        for each in fields(row):  # type: ignore[arg-type]  # the rows are dataclasses
-            value = getattr(row, each.name)
-            if each.name in ("gpu", "uuid", "instance", "gpus", "name", "outcomes"):
-                continue
-            yield what, name, each.name, "+".join(value) if isinstance(value, tuple) else _rounded(value)
-
-
-PREFIX = "chatterbox_monitor_"
-
-
-def gauges(picture: Picture) -> tuple[Gauge, ...]:
-    """What node_exporter's textfile collector is given: that which no instance can tell of itself."""
-    cards, rows = picture.gpus or (), picture.front.rows or ()
-
-    def of_gpus(name: str, documentation: str, values: Iterable[float | None]) -> Gauge:
-        series = [((row.gpu, row.name), value) for row, value in zip(cards, values, strict=True)]
-        return Gauge(f"{PREFIX}gpu_{name}", documentation, ("gpu", "name"), series)
-
-    def of_front(name: str, documentation: str, values: Iterable[int]) -> Gauge:
-        series = [((row.instance,), value / WINDOW_S) for row, value in zip(rows, values, strict=True)]
-        return Gauge(f"{PREFIX}front_{name}_per_second", documentation, ("instance_name",), series)
-
-    window = f"over the last {WINDOW_S:.0f} s of the front's log"
-    return (
-        Gauge(
-            f"{PREFIX}last_look_timestamp_seconds",
-            "When the monitor last looked; when that is long ago, nothing below is true any more.",
-            (),
-            [((), picture.time.timestamp())],
-        ),
-        of_gpus("memory_used_bytes", "GPU memory in use, by whomever.", (row.memory_used_bytes for row in cards)),
-        of_gpus("memory_total_bytes", "GPU memory there is.", (row.memory_total_bytes for row in cards)),
-        of_gpus(
-            "utilisation_ratio",
-            "Share of time in which any kernel ran; a GPU of tiny kernels reads 1 and is nearly idle.",
-            (_ratio(row.utilisation_percent) for row in cards),
-        ),
-        of_gpus(
-            "sm_active_ratio", "Share of multiprocessors at work.", (_ratio(row.sm_active_percent) for row in cards)
-        ),
-        of_gpus("temperature_celsius", "Temperature of the GPU.", (row.temperature_c for row in cards)),
-        of_gpus("power_watts", "Power it draws.", (row.power_w for row in cards)),
-        of_gpus("power_limit_watts", "Power it may draw.", (row.power_limit_w for row in cards)),
-        Gauge(
-            f"{PREFIX}gpu_throttled",
-            "1 for each reason that slows the GPU down now, as nvidia-smi names it (-q -d PERFORMANCE).",
-            ("gpu", "name", "reason"),
-            [((row.gpu, row.name, reason), 1) for row in cards for reason in row.throttled_by or ()],
-        ),
-        Gauge(
-            f"{PREFIX}instance_up",
-            "1 while the instance answers, or of a server that does not tell, while its unit is active; else 0.",
-            ("instance_name",),
-            [((row.instance,), _up(row)) for row in picture.instances],
-        ),
-        Gauge(
-            f"{PREFIX}instance_restarts",
-            "Restarts that nobody asked for, as systemd counts them.",
-            ("instance_name",),
-            [((row.instance,), row.restarts) for row in picture.instances],
-        ),
-        Gauge(
-            f"{PREFIX}front_up",
-            "1 while the front answers; else 0.",
-            (),
-            [((), None if picture.front.answers is None else float(picture.front.answers))],
-        ),
-        of_front("requests", f"Requests by who answered, {window}.", (row.requests for row in rows)),
-        of_front("errors", f"Of these, those answered with 5xx but 503, {window}.", (row.errors for row in rows)),
-        of_front("refused", f"Of these, those answered with 503, {window}.", (row.refused for row in rows)),
-        of_front(
-            "passed_on", f"Requests that this one was asked for in vain, {window}.", (row.passed_on for row in rows)
-        ),
-    )
-
-
-def _ratio(percent: float | None) -> float | None:
-    return None if percent is None else percent / 100
-
-
-def _up(row: InstanceRow) -> float | None:
-    if row.ready is None and row.unit is None:
-        return None
-    return float(not row.lost)

@@ -10,7 +10,7 @@ from datetime import datetime
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy.fleet import Upstream
+from chatterbox_deploy.fleet import SPEECH_ROUTES, Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,6 +58,9 @@ class Request:
     asked: tuple[tuple[str, int | None], ...] = ()
     """(address, status) of every pass in its order; ``None``: it was cut short before there was one."""
 
+    route: str = ""
+    """The path that was asked for, without its query."""
+
 
 # nginx separates those asked in one pass by commas, and passes by colons.
 _PASSES = re.compile(r" : |, ")
@@ -75,6 +78,7 @@ def parse_request(line: bytes) -> Request | None:
             instance=said["instance"] or None,
             duration_s=float(said["duration_s"]),
             asked=tuple(zip_longest(asked, statuses)),
+            route=said["uri"].partition("?")[0],
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -126,24 +130,14 @@ class Traffic:
     """Times of the first and the last of them, as the log has them."""
 
 
-_SPOKEN = re.compile(r"(?:/v1/audio/speech|/synthesize|/synthesize-json)(?:\?|$)")
-
-
-def read_log(log: str) -> Traffic | None:
+def read_log(log: bytes) -> Traffic | None:
     """Lines of ``log_format chatterbox``; what is none of them (the log may begin in the middle of one) does not count.
 
     ``None`` where no instance answered.
     """
-    answered: Counter[str] = Counter()
-    times: list[str] = []
-    for line in log.splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(said, dict) or said.get("status") != 200 or not _SPOKEN.match(str(said.get("uri"))):
-            continue
-        if (instance := said.get("instance")) and isinstance(instance, str):
-            answered[instance] += 1
-            times.append(str(said.get("time", "")))
-    return Traffic(dict(answered), times[0], times[-1]) if times else None
+    requests = [request for line in log.splitlines() if (request := parse_request(line)) is not None]
+    heard = [each for each in requests if each.status == 200 and each.instance and each.route in SPEECH_ROUTES]
+    if not heard:
+        return None
+    answered = Counter(each.instance for each in heard if each.instance)
+    return Traffic(dict(answered), heard[0].ended.isoformat(), heard[-1].ended.isoformat())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from chatterbox_deploy import narration, speak, subtitles, tally
 from chatterbox_deploy.binding import Binder
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.host import save
 from chatterbox_deploy.tally import Summary, Tally
 
 if TYPE_CHECKING:
@@ -137,9 +138,5 @@ def _write(
             on_way(binder.written_s)
         binder.finish(whole.chapters, tags)
     if goal.subtitles is not None:
-        try:
-            goal.subtitles.write_text(subtitles.srt(whole.cues, whole.sample_rate_hz), encoding="utf-8")
-        except OSError as error:
-            msg = f"cannot write {goal.subtitles}: {(error.strerror or str(error)).lower()}"
-            raise CommandFailed(msg) from None
+        save(goal.subtitles, subtitles.srt(whole.cues, whole.sample_rate_hz))
     return whole

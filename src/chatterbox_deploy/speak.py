@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import socket
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import aiohttp
 
-from chatterbox_deploy import __version__, wav
+from chatterbox_deploy import __version__, client, wav
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.fleet import SPEECH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.narration import Take
     from chatterbox_deploy.wav import Sound
-
-SPEECH: Final = "/v1/audio/speech"
 
 _CONNECT_S: Final = 10.0
 _LONGEST_RETRY_AFTER_S: Final = 60.0
@@ -89,17 +86,12 @@ def local_front(fleet: Fleet, key: str | None) -> Front:
     named = {"Host": fleet.front.server_name} if fleet.front.server_name is not None else {}
     return Front(
         url=fleet.front.local_url,
-        headers=named | authorization(key),
+        headers=named | client.authorization(key),
         # Two instances may die of a piece, each after it kept it for as long as it could.
         answer_s=2.0 * fleet.front.read_timeout_s + 10,
         # This machine is asked by its address; whose name the certificate bears is for clients to judge.
         verify=False,
     )
-
-
-def authorization(key: str | None) -> dict[str, str]:
-    """The header that carries an API key."""
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 async def spoken_by(front: Front, voice: str | None) -> dict[str, Any]:
@@ -164,7 +156,7 @@ async def _get(session: aiohttp.ClientSession, front: Front, path: str) -> Any:
                 return None
             return json.loads(await response.read())
     except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-        msg = f"cannot reach {front.url}: {_reason(error)}; does the fleet run? `chatterbox-deploy status`"
+        msg = f"cannot reach {front.url}: {client.why(error)}; does the fleet run? `chatterbox-deploy status`"
         raise CommandFailed(msg) from None
     except (aiohttp.ClientError, TimeoutError, ValueError):
         return None
@@ -181,15 +173,6 @@ def _message(body: str) -> str:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return " ".join(body.split())[:200] or "no reason given"
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "os_error", None)
-    if isinstance(cause, ConnectionError) and cause.errno is not None:
-        return os.strerror(cause.errno).lower()
-    if isinstance(cause, socket.gaierror) and cause.strerror:
-        return cause.strerror.lower()
-    return str(error) or type(error).__name__
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,7 +247,7 @@ class _Sender:
             ) as response:
                 return self._read(take, response.status, response.headers, await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            return _Trouble(f"no answer: {_reason(error)}", None)
+            return _Trouble(f"no answer: {client.why(error)}", None)
 
     def _read(self, take: Take, status: int, headers: Mapping[str, str], body: bytes) -> _Answered | _Trouble:
         instance = headers.get("X-Instance", "")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_deploy import exposition, monitor, nginx, observe
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.picture import WINDOW_S
 from chatterbox_deploy.survey import ANSWER_TIMEOUT_S, survey
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Watch:
         requests = (request for request in parsed if request is not None)
         if before is not None:
             return tuple(requests)
-        since = self._host.now() - timedelta(seconds=monitor.WINDOW_S)
+        since = self._host.now() - timedelta(seconds=WINDOW_S)
         return tuple(request for request in requests if request.ended >= since)
 
     def _read_rotated(self) -> tuple[int, int, bytes] | None:

@@ -75,6 +75,9 @@ class Speech:
     request: Request
     service: Service
     synthesis_s: float = 0.0
+    """Of the pieces that are spoken to their end."""
+    spoken: int = 0
+    """Pieces that are."""
     samples: int = 0
     _joints: Joints = field(init=False)
     _piece: InParts = field(init=False)
@@ -116,6 +119,7 @@ class Speech:
             if spoken.last:
                 self._piece = InParts(self._joints)
             self.synthesis_s += spoken.synthesis_s
+            self.spoken += spoken.last
             self.samples += joined.size
             # A piece of which nothing was heard is for the encoder to refuse; an end of silence is nothing to send.
             if joined.size or (spoken.last and not begun):
@@ -250,7 +254,7 @@ def measured(speech: Speech) -> dict[str, str]:
         "X-Time-To-First-Byte": f"{first_byte_s:.3f}",
     }
     # What a piece costs is known once all of it is spoken.
-    if speech.synthesis_s:
+    if speech.spoken:
         headers["X-Real-Time-Factor"] = f"{speech.real_time_factor:.3f}"
     return headers
 

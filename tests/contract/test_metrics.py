@@ -9,9 +9,10 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from chatterbox_deploy import exposition, monitor
+from chatterbox_deploy import exposition, fleet, gauges, monitor
 from chatterbox_deploy.cards import Card
-from chatterbox_deploy.monitor import Limits, Look, Story
+from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy.monitor import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness
 from chatterbox_server.metrics import Gauges, Metrics
@@ -39,7 +40,7 @@ def told_by_an_instance() -> exposition.Exposition:
     metrics.waited(0.5)
     metrics.first_byte(1.5)
     metrics.spoke(synthesis_s=2, audio_s=4, tokens=100)
-    for route in monitor.SPEECH_ROUTES:
+    for route in fleet.SPEECH_ROUTES:
         metrics.request_ended(route=route, outcome="answered")
     found = exposition.parse(metrics.exposition()[0].decode())
     assert found is not None
@@ -79,7 +80,7 @@ def told_by_the_monitor() -> exposition.Exposition:
     for at_s in (0.0, 2.0):
         story = monitor.follow(story, replace(look, found=replace(found, monotonic_s=at_s)), resolved, Limits())
     assert story.picture is not None
-    read = exposition.parse(exposition.write(monitor.gauges(story.picture)))
+    read = exposition.parse(exposition.write(gauges.of(story.picture)))
     assert read is not None
     return read
 
@@ -99,7 +100,7 @@ def test_labels_that_rules_and_monitor_ask_for_are_those_of_the_server() -> None
     told = told_by_an_instance()
 
     assert set(told.by("chatterbox_requests_total", "outcome")) == {"answered"}
-    assert set(told.by("chatterbox_requests_total", "route")) == set(monitor.SPEECH_ROUTES)
+    assert set(told.by("chatterbox_requests_total", "route")) == set(fleet.SPEECH_ROUTES)
     assert set(told.by("chatterbox_engine_failures_total", "kind")) >= {"broken", "stuck", "out_of_memory"}
     assert set(told.by("chatterbox_gpu_memory_bytes", "kind")) >= {"reserved"}
 

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -213,6 +212,9 @@ class Instances:
     """Several instances, and a journal of what happened to which request where."""
 
     def __init__(self, directory: Path, count: int, **options: float | bool) -> None:
+        # The nursery, this file as a script, has no such path.
+        from support.ports import free_ports
+
         self.journal = directory / "journal"
         self.journal.touch()
         self.ports = {f"gpu{number}": port for number, port in enumerate(free_ports(count))}
@@ -280,22 +282,6 @@ def is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago.
-
-    Below the range from which the kernel takes ports for outgoing connections: one of those could sit on the port
-    of a dead instance when it wants to come back.
-    """
-    ports: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 1_000):
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind((HOST, port))
-            ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
 
 
 # --- nginx -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 
 from chatterbox_deploy import loads
 from host import front_lab
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,7 @@ class Fleet:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.file = directory / "fleet.toml"
-        one, two, three, front = front_lab.free_ports(4)
+        one, two, three, front = free_ports(4)
         # Room for all: how busy the machine is must not decide what is refused.
         self.file.write_text(
             f"[gpus]\n0 = {one}\n1 = [{two}, {three}]\n[nginx]\nlisten = '127.0.0.1:{front}'\n"

@@ -27,10 +27,10 @@ from host.front_lab import (
     Reply,
     ask,
     exchange,
-    free_ports,
     load,
     lost,
 )
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator

@@ -11,8 +11,9 @@ import pytest
 
 from chatterbox_deploy.fleet import Upstream
 from host import front_text
-from host.front_lab import HOST, NGINX, SPEECH, Front, Instances, Reply, ask, free_ports, load, lost
+from host.front_lab import HOST, NGINX, SPEECH, Front, Instances, Reply, ask, load, lost
 from support import certificates
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

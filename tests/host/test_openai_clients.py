@@ -20,7 +20,8 @@ import openai
 import pytest
 import soundfile
 
-from support.foreground import Up, free_ports
+from support.foreground import Up
+from support.ports import free_ports
 
 pytestmark = [
     pytest.mark.nginx,

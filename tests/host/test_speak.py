@@ -17,7 +17,8 @@ import pytest
 
 from host import fixed_time_server
 from support import certificates
-from support.foreground import Up, free_ports, processes_on
+from support.foreground import Up, processes_on
+from support.ports import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

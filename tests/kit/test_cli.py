@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +231,15 @@ def test_monitor_says_what_it_does_not_take(option: tuple[str, str], said: str) 
 
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_whoever_has_read_enough_gets_no_complaint() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "chatterbox_deploy", "schema"], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -25,6 +25,9 @@ SERVER = program(812)
 TWO = fleet_file("[gpus]\n0 = 6093\n1 = 6094\n")
 
 
+MIG = "MIG-00000000-0000-0000-0000-000000000000"
+
+
 def block(ports: tuple[int, ...] = (6093, 6094), *, least_conn: bool = True, zone: bool = False) -> Block:
     return Block("/etc/nginx/conf.d/tts.conf", "tts", ports, least_conn, zone)
 
@@ -40,6 +43,8 @@ def lines(*devices: str) -> tuple[Line, ...]:
 FOUND: list[tuple[str, str, Situation]] = [
     ("gpu-idle", "high", machine(AT_WORK, IDLE)),
     ("gpu-idle", "high", machine(AT_WORK, card(1, process(7, 60, "G", "Xorg"), utilisation_percent=2))),
+    ("gpu-not-here", "high", machine(AT_WORK, fleet_file=TWO)),
+    ("gpu-not-here", "high", machine(fleet_file=TWO)),
     # Nobody works: worth knowing, no more.
     ("gpu-idle", "low", machine(IDLE)),
     # All that is known of it is that it does nothing.
@@ -99,6 +104,11 @@ NOT_FOUND: list[tuple[str, Situation]] = [
     ("cpu-bound-beside-idle-gpu",
      machine(IDLE, programs=(program(9, cpu_cores=3.9),),
              fleet_file=fleet_file("[gpus]\n0 = 6093\n[server]\nengine = 'espeak'\n"))),
+    ("gpu-not-here", machine(AT_WORK, IDLE, fleet_file=TWO)),
+    ("gpu-not-here", machine(AT_WORK, fleet_file=TWO, captured=True)),
+    ("gpu-not-here", machine(fleet_file=fleet_file("[gpus]\n0 = 6093\n[server]\nengine = 'espeak'\n"))),
+    ("gpu-not-here", machine(AT_WORK, fleet_file=fleet_file(f"[gpus]\n{AT_WORK.uuid} = 6093\n"))),
+    ("gpu-not-here", machine(AT_WORK, fleet_file=fleet_file(f"[gpus]\n{MIG} = 6093\n"))),
     ("unbalanced-upstream", machine(AT_WORK, **traffic(gpu0=140, gpu1=100))),
     ("unbalanced-upstream", machine(AT_WORK, **traffic(gpu0=160, gpu1=10))),
     ("unbalanced-upstream", machine(AT_WORK, **traffic(gpu0=600))),

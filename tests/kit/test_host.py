@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.host import LocalHost, save
 from chatterbox_deploy.render import RenderedFile
 
 if TYPE_CHECKING:
@@ -39,6 +39,33 @@ def test_if_one_file_cannot_be_written_none_is_changed_and_nothing_is_left_behin
         LocalHost(tmp_path).write_files([RenderedFile(A, "new"), RenderedFile(B, "new")])
 
     assert everything_below(tmp_path) == {"etc/a": "old"}
+
+
+def test_what_is_saved_is_whole_or_as_before_and_keeps_its_link(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+
+    save(tmp_path / "link", "after")
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "after"
+    with pytest.raises(CommandFailed, match=r"cannot write .*/gone/a: no such file or directory"):
+        save(tmp_path / "gone" / "a", b"")
+    with pytest.raises(CommandFailed, match=r"cannot write .*: is a directory"):
+        save(tmp_path, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+
+    save(fifo, "sound")
+
+    assert os.read(reader, 100) == b"sound"
+    assert fifo.is_fifo()
+    os.close(reader)
 
 
 def test_a_missing_file_is_none_and_an_unreadable_one_is_an_error(tmp_path: Path) -> None:

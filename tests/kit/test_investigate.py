@@ -10,6 +10,7 @@ import pytest
 from chatterbox_deploy import findings, investigate, nvml
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import Answer, LocalHost, Ran
+from chatterbox_deploy.investigate import ACCESS_LOG
 from chatterbox_deploy.nginx import Traffic
 from chatterbox_deploy.situation import Pin
 from support.situations import SEED, card, fleet_file, process
@@ -41,8 +42,11 @@ LISTEN 0 511 0.0.0.0:80 0.0.0.0:*
 """
 
 
+NOON = "2026-11-27T12:00:00+00:00"
+
+
 class TreeHost(LocalHost):
-    """Files below a directory; ``ss`` and ``tail`` say what they would."""
+    """Files below a directory; ``ss`` says what it would."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -152,14 +156,14 @@ def test_a_server_that_computes_on_the_cpu_is_found_beside_an_idle_gpu(host: Tre
 def test_nginx_and_its_log_are_read(host: TreeHost) -> None:
     host.place("/etc/nginx/conf.d/chatterbox-tts.conf", FRONT)
     host.place("/etc/nginx/sites-enabled/blog", "upstream blog { server 127.0.0.1:3000; }")
-    said = {"time": "t", "uri": "/v1/audio/speech", "status": 200, "instance": "gpu0"}
-    host.says["tail"] = f"cut off\n{json.dumps(said)}\n"
+    said = {"uri": "/v1/audio/speech", "status": 200, "instance": "gpu0", "duration_s": 1, "tries": "", "tried": ""}
+    host.place(ACCESS_LOG, f"cut off\n{json.dumps({'time': NOON, **said})}\n")
     file = fleet_file("[gpus]\n0 = 6093\n1 = 6094\n2 = 6096\n")
 
     seen = look(host, card(0), file=file)
 
     assert [(block.name, block.zone) for block in seen.upstreams] == [("chatterbox", False), ("blog", False)]
-    assert seen.traffic == Traffic({"gpu0": 1}, "t", "t")
+    assert seen.traffic == Traffic({"gpu0": 1}, NOON, NOON)
     assert seen.in_service == ("gpu0", "gpu1")
     assert "least-conn-without-zone" in {each.name for each in findings.find(seen)}
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import config, exposition, fleet, monitor, nginx, systemd
+from chatterbox_deploy import conditions, config, exposition, fleet, gauges, monitor, nginx, systemd
 from chatterbox_deploy.cards import Card
 from chatterbox_deploy.cli import monitor_view
-from chatterbox_deploy.monitor import Limits, Look, Story
+from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy.monitor import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness, Unit
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chatterbox_deploy.exposition import Exposition
+    from chatterbox_deploy.picture import Picture
 
 FLEET = fleet.resolve(config.load("[gpus]\n0 = 6093\n1 = 6094\n[server]\nqueue_size = 4\n", source="f"))
 BEGIN = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -86,7 +88,7 @@ def follow(*looks: Look, allowed: Limits | None = None) -> Story:
     return story
 
 
-def picture(*looks: Look) -> monitor.Picture:
+def picture(*looks: Look) -> Picture:
     seen = follow(*looks).picture
     assert seen is not None
     return seen
@@ -214,11 +216,11 @@ def test_a_log_that_cannot_be_read_leaves_the_requests_unknown() -> None:
     ],
 )
 def test_a_line_of_the_log_tells_every_pass(tries: str, tried: str, asked: Sequence[tuple[str, int | None]]) -> None:
-    line = {"time": "2026-01-01T12:00:00+00:00", "status": 200, "instance": "gpu0", "duration_s": 0.053}
+    line = {"time": "2026-01-01T12:00:00+00:00", "status": 200, "instance": "gpu0", "duration_s": 0.053, "uri": "/a?b"}
 
     parsed = nginx.parse_request(json.dumps({**line, "tries": tries, "tried": tried}).encode())
 
-    assert parsed == Request(BEGIN, 200, "gpu0", 0.053, tuple(asked))
+    assert parsed == Request(BEGIN, 200, "gpu0", 0.053, tuple(asked), "/a")
 
 
 @pytest.mark.parametrize(
@@ -334,9 +336,11 @@ def test_what_comes_and_goes_with_every_look_is_one_event() -> None:
 
 
 def test_limits_can_be_moved() -> None:
-    assert told(look(0), allowed=monitor.limits({"temperature_c": "60"})) == [["begins warning GPU 0: is hot: 61 °C"]]
+    assert told(look(0), allowed=conditions.limits({"temperature_c": "60"})) == [
+        ["begins warning GPU 0: is hot: 61 °C"]
+    ]
     with pytest.raises(ValueError, match="there is no limit 'heat'; there are temperature_c, gpu_memory_percent"):
-        monitor.limits({"heat": "60"})
+        conditions.limits({"heat": "60"})
 
 
 def test_somebody_critical_is_not_well() -> None:
@@ -371,7 +375,7 @@ def test_json_has_null_for_what_is_unknown() -> None:
 
 
 def test_the_textfile_holds_what_is_known_and_no_more() -> None:
-    text = exposition.write(monitor.gauges(picture(look(0, requests=(request(0, 502, (6093, 502)),) * 6))))
+    text = exposition.write(gauges.of(picture(look(0, requests=(request(0, 502, (6093, 502)),) * 6))))
     read = exposition.parse(text)
     assert read is not None
 
@@ -384,7 +388,7 @@ def test_the_textfile_holds_what_is_known_and_no_more() -> None:
 
 
 def test_a_line_of_csv_is_one_quantity_and_empty_if_unknown() -> None:
-    lines = set(monitor.table(picture(look(0))))
+    lines = set(gauges.cells(picture(look(0))))
 
     assert ("gpu", "0", "power_w", 212.0) in lines
     assert ("gpu", "0", "sm_active_percent", None) in lines

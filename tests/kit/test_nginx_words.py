@@ -45,15 +45,17 @@ def test_our_own_front_has_a_zone(case: str) -> None:
     assert set(block.ports) == {upstream.port for upstream in nginx.find_upstreams(text)}
 
 
-def line(instance: str, *, status: int = 200, uri: str = "/v1/audio/speech", time: str = "10:00") -> str:
-    return json.dumps({"time": time, "method": "POST", "uri": uri, "status": status, "instance": instance})
+def line(instance: str, *, status: int = 200, uri: str = "/v1/audio/speech", hour: str = "10") -> str:
+    time = f"2026-11-27T{hour}:00:00+00:00"
+    told = {"time": time, "method": "POST", "uri": uri, "status": status, "instance": instance, "duration_s": 1.0}
+    return json.dumps(told | {"tries": f"{status}", "tried": "127.0.0.1:6093"})
 
 
 def test_who_answered_is_counted_from_the_log_of_the_front() -> None:
     log = "\n".join(
         [
             'tail cut this line","status":200,"instance":"gpu0"}',
-            line("gpu0", time="09:00"),
+            line("gpu0", hour="09"),
             line("gpu1"),
             line("gpu1", uri="/synthesize?x=1"),
             line("gpu0", status=503),
@@ -62,13 +64,15 @@ def test_who_answered_is_counted_from_the_log_of_the_front() -> None:
             line("gpu0", uri="/v1/audio/voices"),
             line("gpu0", uri="/v1/models"),
             "[]",
-            line("gpu1", time="11:00"),
+            line("gpu1", hour="11"),
         ]
     )
 
-    assert nginx.read_log(log) == Traffic({"gpu0": 1, "gpu1": 3}, "09:00", "11:00")
+    assert nginx.read_log(log.encode()) == Traffic(
+        {"gpu0": 1, "gpu1": 3}, "2026-11-27T09:00:00+00:00", "2026-11-27T11:00:00+00:00"
+    )
 
 
 @pytest.mark.parametrize("log", ["", "127.0.0.1 - - [somebody's own format]\n", line("gpu0", status=502)])
 def test_a_log_in_which_nobody_answered_tells_nothing(log: str) -> None:
-    assert nginx.read_log(log) is None
+    assert nginx.read_log(log.encode()) is None

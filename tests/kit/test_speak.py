@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from chatterbox_deploy import config, fleet, narration, speak, wav
+from chatterbox_deploy import client, config, fleet, narration, speak, wav
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.manuscript import Chapter, Manuscript, Piece
 from chatterbox_deploy.narration import Manner
@@ -127,7 +127,7 @@ def run(
 
     async def job() -> None:
         async with server.served() as url:
-            front = Front(url, speak.authorization(key), answer_s=10)
+            front = Front(url, client.authorization(key), answer_s=10)
             keep = heard.kept.__setitem__
             await speak.speak(front, takes(*texts), keep, in_flight=in_flight, tell=heard, patience=patience)
 

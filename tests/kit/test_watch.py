@@ -70,7 +70,7 @@ def watched(root: Path, *ports: int, more: str = "", cards: tuple[Card, ...] | N
 def line(status: int = 200, *, ago_s: float = 0) -> str:
     ended = datetime.now(UTC) - timedelta(seconds=ago_s)
     said = {"time": ended.isoformat(timespec="seconds"), "status": status, "instance": "gpu0", "duration_s": 0.1}
-    return json.dumps({**said, "tries": str(status), "tried": "127.0.0.1:6093"}) + "\n"
+    return json.dumps({**said, "tries": str(status), "tried": "127.0.0.1:6093", "uri": "/"}) + "\n"
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
 """What several of the server's tests share and takes seconds to make."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from server.tiny import Build, Models, record
+
+if not Path("/dev/nvidiactl").exists():
+    # Before anything imports triton, which asks once: without a GPU its kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The fast engine's Triton kernels against the same layers in torch, interpreted on the CPU; scripts/gpu on a GPU."""
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ CLOSE = 1e-5
 
 @pytest.fixture(scope="module")
 def tiles() -> Any:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     import triton
 
     from chatterbox_server.engines.fast import tiles

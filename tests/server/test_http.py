@@ -66,7 +66,6 @@ def test_an_openai_request_gets_its_sound() -> None:
             "response_format": "pcm",
             "speed": 1,
             "instructions": "Speak like a pirate.",
-            "stream_format": "audio",
             "some_new_field": {"of": "theirs"},
         },
         engine=engine,

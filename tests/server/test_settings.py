@@ -108,7 +108,7 @@ ORIGIN = "input should be '*' or like 'https://example.com' or 'http://localhost
         ("HOST", "localhost", "input should be an IP address, got 'localhost'"),
         ("PORT", "0", "input should be greater than or equal to 1, got '0'"),
         ("PORT", "65536", "input should be less than or equal to 65535, got '65536'"),
-        ("ENGINE", "fast", "input should be 'stock' or 'espeak', got 'fast'"),
+        ("ENGINE", "quick", "input should be 'stock', 'fast' or 'espeak', got 'quick'"),
         ("MODEL", "nano", "input should be 'chatterbox', 'turbo' or 'multilingual', got 'nano'"),
         ("DEVICE", "cuda:1", "input should be 'cuda' or 'cpu', got 'cuda:1'"),
         ("WEIGHTS", "weights", "input should be an absolute path, got 'weights'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import struct
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from chatterbox_deploy.aims import Aim, Door
+from chatterbox_deploy.wav import SAMPLE_BYTES, Sound, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
 def wav(seconds: float) -> bytes:
-    size = round(seconds * 24_000) * 2
-    head = struct.pack(
-        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, 1, 24_000, 48_000, 2, 16, b"data", size
-    )
-    return head + bytes(size)
+    """So much silence."""
+    return encode(Sound(24_000, bytes(round(seconds * 24_000) * SAMPLE_BYTES)))
 
 
 @dataclass

@@ -41,8 +41,11 @@ class _Shell(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(telling.INTERRUPTED)
+        except BrokenPipeError:
+            telling.close_output()
+            ctx.exit(telling.CLOSED)
         except OSError as error:
-            click.echo(f"error: cannot go on: {error}", err=True)
+            click.echo(f"error: cannot go on: {(error.strerror or str(error)).lower()}", err=True)
             ctx.exit(DeployError.exit_code)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -84,11 +87,11 @@ main.add_command(uninstall_command)
 main.add_command(up_command)
 main.add_command(status_command)
 main.add_command(monitor_command)
+main.add_command(report_command)
 main.add_command(logs_command)
 main.add_command(start_command)
 main.add_command(stop_command)
 main.add_command(restart_command)
-main.add_command(report_command)
 main.add_command(speak_command)
 main.add_command(bench_command)
 main.add_command(advise_command)

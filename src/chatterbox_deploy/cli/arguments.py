@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
@@ -46,6 +47,23 @@ PROFILE = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What was measured on this machine (scripts/gpu/replicas.py --profile).  [default: what came with this]",
 )
+
+
+_KEY_VARIABLE = "CHATTERBOX_API_KEY"
+
+# A file, or the environment: everybody on a machine sees its command lines.
+API_KEY = click.option(
+    "--api-key-file", type=click.File("r", errors="replace"), help=f"Holds the key alone.  [default: ${_KEY_VARIABLE}]"
+)
+
+
+def read_key(file: TextIO | None) -> str | None:
+    """The API key in the file that the command line names, else in the environment; ``None`` where there is none."""
+    key = os.environ.get(_KEY_VARIABLE, "") if file is None else file.read()
+    if len(key.split()) > 1:
+        msg = "should hold one key and nothing else"
+        raise click.BadParameter(msg, param_hint=f"${_KEY_VARIABLE}" if file is None else "--api-key-file")
+    return key.strip() or None
 
 
 def read_profile(path: Path | None) -> Profile | None:

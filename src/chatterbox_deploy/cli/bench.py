@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from rich.console import Console
 
 from chatterbox_deploy import benchmarks, comparison, heard, loads, rate_search
-from chatterbox_deploy.cli import arguments, bench_asked, bench_files, bench_tables, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
+from chatterbox_deploy.host import save
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +128,7 @@ def bench_command() -> None:
     show_default=True,
     help="Seconds after which a request has failed.",
 )
-@click.option("--api-key", envvar="CHATTERBOX_API_KEY", show_envvar=True, help="Sent with each request.")
+@arguments.API_KEY
 @click.option(
     "-o",
     "--output",
@@ -151,7 +152,7 @@ def run_command(
     seed: int,
     voice: str | None,
     timeout: float,
-    api_key: str | None,
+    api_key_file: TextIO | None,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -165,6 +166,7 @@ def run_command(
     Ctrl-C sends nothing more, waits for what is out, and shows what was measured so far; again: at once.
     Exits 1 when a request failed, 130 when it was stopped.
     """
+    key = arguments.read_key(api_key_file)
     asked = bench_asked.Asked(**given)
     wanted, target, texts = bench_asked.read(asked)
     load = loads.Load(
@@ -177,7 +179,7 @@ def run_command(
 
     run = benching.run(
         [(aim, bench_asked.loaded(load, aim, asked)) for aim in wanted],
-        texts, api_key=api_key, target=target, tolerance=tolerance,
+        texts, api_key=key, target=target, tolerance=tolerance,
     )  # fmt: skip
     if not run.trials:
         click.echo("stopped before anything was measured", err=True)
@@ -254,9 +256,12 @@ def _keep(run: Run, *, output: Path | None, plots: Sequence[Path]) -> CommandFai
     """Write what is asked for; what could not be written must not take the tables with it."""
     try:
         if output is not None:
-            bench_files.write(output, loads.to_json(run))
+            save(output, loads.to_json(run))
         for path in plots:
-            bench_files.plot(run, path)
+            # Takes a second to import, and is an extra.
+            from chatterbox_deploy import bench_plots  # noqa: PLC0415
+
+            save(path, bench_plots.draw(run, path.suffix))
     except CommandFailed as error:
         return error
     return None

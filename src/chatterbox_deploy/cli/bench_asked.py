@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import aims, heard, loads, rate_search
-from chatterbox_deploy.cli import arguments, bench_files
+from chatterbox_deploy import aims, charts, heard, loads, rate_search
+from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import BenchmarkError, FleetFileError, UnknownInstance
 from chatterbox_deploy.fleet import resolve
 
@@ -106,7 +106,7 @@ def plot_problems(plots: Sequence[Path]) -> list[str]:
         for path in plots
         if not path.absolute().parent.is_dir()
     ]
-    if plots and not bench_files.can_plot():
+    if plots and not charts.available():
         problems.append("--plot: matplotlib is not installed; pip install 'chatterbox-deploy[plots]'")
     return problems
 

@@ -79,7 +79,7 @@ async def _run(
     return loads.Run(
         format=1,
         version=__version__,
-        command=shlex.join(["chatterbox-deploy", *_without_key(sys.argv[1:])]),
+        command=shlex.join(["chatterbox-deploy", *sys.argv[1:]]),
         began=began.isoformat(timespec="seconds"),
         machine=_machine(),
         cores=os.cpu_count() or 1,
@@ -109,14 +109,6 @@ async def _unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T | None:
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
     return None
-
-
-def _without_key(argv: Sequence[str]) -> list[str]:
-    """A key does not belong in a file."""
-    kept = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        kept.append("…" if before == "--api-key" else "--api-key=…" if word.startswith("--api-key=") else word)
-    return kept
 
 
 def _machine() -> str:

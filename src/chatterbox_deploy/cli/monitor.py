@@ -21,9 +21,9 @@ import click
 from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
-from chatterbox_deploy import exposition, monitor, nvml
+from chatterbox_deploy import conditions, exposition, gauges, monitor, nvml
 from chatterbox_deploy.blueprint import want
-from chatterbox_deploy.cli import arguments, monitor_view
+from chatterbox_deploy.cli import arguments, monitor_view, telling
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.render import RenderedFile
@@ -32,16 +32,18 @@ from chatterbox_deploy.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from chatterbox_deploy.conditions import Limits
     from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.monitor import Limits, Picture, Story
+    from chatterbox_deploy.monitor import Story
+    from chatterbox_deploy.picture import Picture
 
 CSV_HEADER = ("time", "about", "name", "quantity", "value")
 
 
 def _read_limits(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> Limits:  # noqa: ARG001
     try:
-        return monitor.limits({name: text for name, _, text in (one.partition("=") for one in given)})
+        return conditions.limits({name: text for name, _, text in (one.partition("=") for one in given)})
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -126,8 +128,8 @@ def monitor_command(
         # How one leaves it.
         return
     except BrokenPipeError:
-        # Whoever read has seen enough; nor shall Python's last flush object.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As Ctrl-C.
+        telling.close_output()
 
 
 @dataclass
@@ -209,9 +211,7 @@ def _outputs(host: LocalHost, csv_file: Path | None, textfile: Path | None) -> l
             msg = f"--prometheus: node_exporter reads files whose name ends in .prom only, got {str(textfile)!r}"
             raise click.UsageError(msg)
         place = PurePosixPath(textfile.absolute())
-        outputs.append(
-            lambda picture: host.write_files([RenderedFile(place, exposition.write(monitor.gauges(picture)))])
-        )
+        outputs.append(lambda picture: host.write_files([RenderedFile(place, exposition.write(gauges.of(picture)))]))
     return outputs
 
 
@@ -228,7 +228,7 @@ class _CsvFile:
                 if stream.tell() == 0:
                     writer.writerow(CSV_HEADER)
                 when = picture.time.isoformat(timespec="milliseconds")
-                writer.writerows((when, *cells) for cells in monitor.table(picture))
+                writer.writerows((when, *cells) for cells in gauges.cells(picture))
         except OSError as error:
             msg = f"cannot write {self.path}: {(error.strerror or str(error)).lower()}"
             raise CommandFailed(msg) from None

@@ -10,12 +10,14 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from chatterbox_deploy import monitor
+from chatterbox_deploy.picture import FRONT, WINDOW_S
 from chatterbox_deploy.status import GAP, duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chatterbox_deploy.monitor import Event, Front, FrontRow, GpuRow, InstanceRow, Picture, Story
+    from chatterbox_deploy.monitor import Story
+    from chatterbox_deploy.picture import Event, Front, FrontRow, GpuRow, InstanceRow, Picture
 
 Row = TypeVar("Row")
 
@@ -235,7 +237,7 @@ def _instance_columns(curves: _Curves) -> tuple[Column[InstanceRow], ...]:
 
 
 _FRONT_COLUMNS: tuple[Column[FrontRow], ...] = (
-    Column("front", lambda row: "nginx itself" if row.instance == monitor.FRONT else row.instance, is_number=False),
+    Column("front", lambda row: "nginx itself" if row.instance == FRONT else row.instance, is_number=False),
     Column("requests", lambda row: str(row.requests)),
     Column("share", lambda row: _number(row.share_percent, unit=" %"), goes=3),
     Column("errors", lambda row: str(row.errors)),
@@ -252,11 +254,11 @@ def _front_lines(front: Front, curves: _Curves, width: int | None) -> Iterator[T
     said = f"front {front.listen} {answers}{nginx}"
     if front.requests is not None:
         said += (
-            f"; in the last {monitor.WINDOW_S:.0f} s {front.requests} requests, {front.errors} errors, "
+            f"; in the last {WINDOW_S:.0f} s {front.requests} requests, {front.errors} errors, "
             f"{front.refused} refused, {front.retried} retried"
         )
     yield from _wrapped(said, width, "")
-    drawn = curves.draw(monitor.FRONT)
+    drawn = curves.draw(FRONT)
     if drawn.strip() and (width is None or width >= CURVE_CELLS + 30):
         yield Text(f"requests per second, {_CURVE}: {drawn}")
     yield from _table(front.rows or (), _FRONT_COLUMNS, width)

@@ -10,8 +10,8 @@ import click
 
 from chatterbox_deploy import config, fleet, report, report_page, report_text, situation, smi
 from chatterbox_deploy.cli import arguments
-from chatterbox_deploy.errors import CaptureError, CommandFailed
-from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.errors import CaptureError
+from chatterbox_deploy.host import LocalHost, save
 from chatterbox_deploy.investigate import investigate
 from chatterbox_deploy.situation import FleetFile
 
@@ -56,11 +56,7 @@ def report_command(
     if output is None:
         click.echo(text, nl=False)
     else:
-        try:
-            output.write_text(text, encoding="utf-8")
-        except OSError as error:
-            msg = f"cannot write {output}: {(error.strerror or str(error)).lower()}"
-            raise CommandFailed(msg) from None
+        save(output, text)
     if made.grave:
         raise SystemExit(1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chatterbox_deploy import fleet, narration
+from chatterbox_deploy import client, fleet, narration
 from chatterbox_deploy.cli import arguments, speaking, telling
 from chatterbox_deploy.errors import CommandFailed, ManuscriptError
 from chatterbox_deploy.formats import FORMATS
@@ -21,7 +20,6 @@ from chatterbox_deploy.parts import Parts
 if TYPE_CHECKING:
     from chatterbox_deploy.speak import Front
 
-_KEY_VARIABLE = "CHATTERBOX_API_KEY"
 _SUFFIXES = ", ".join(FORMATS)
 
 
@@ -82,9 +80,7 @@ class _Asked:
 )
 @arguments.FLEET_OPTION
 @click.option("--url", help="A front elsewhere, such as https://tts.example.com, instead of a fleet file.")
-@click.option(
-    "--api-key-file", type=click.File("r", errors="replace"), help=f"Holds the key alone.  [default: ${_KEY_VARIABLE}]"
-)
+@arguments.API_KEY
 @click.option(
     "--concurrency", type=click.IntRange(1, 1000), help="Requests in flight.  [default: what the fleet can use]"
 )
@@ -170,6 +166,9 @@ def _output(book: str, asked: _Asked) -> Path:
     if output.suffix.lower() not in FORMATS:
         msg = f"{output.name} should end in {_SUFFIXES}: that says the format"
         raise click.BadParameter(msg, param_hint="--output")
+    if asked.subtitles_file is not None and asked.subtitles_file.absolute() == output.absolute():
+        msg = "is OUTPUT itself; give it a name of its own, such as book.srt"
+        raise click.BadParameter(msg, param_hint="--subtitles")
     for path in filter(None, (output, asked.subtitles_file)):
         if not path.absolute().parent.is_dir():
             msg = f"{path}: there is no such directory"
@@ -184,12 +183,12 @@ def _front(asked: _Asked) -> tuple[Front, int | None]:
     """Where to ask, and how much at once; ``None`` where nobody says how many instances there are."""
     from chatterbox_deploy import speak  # noqa: PLC0415  its HTTP client takes a tenth of a second to import
 
-    key = _key(asked.api_key_file)
-    if (url := asked.url) is not None:
-        if not url.startswith(("http://", "https://")):
-            msg = f"should begin with http:// or https://, got {url!r}"
+    key = arguments.read_key(asked.api_key_file)
+    if asked.url is not None:
+        if (url := client.base_url(asked.url)) is None:
+            msg = f"should be like http://127.0.0.1:6095 or https://tts.example.com, got {asked.url!r}"
             raise click.BadParameter(msg, param_hint="--url")
-        return speak.Front(url.rstrip("/").removesuffix("/v1"), speak.authorization(key)), asked.concurrency
+        return speak.Front(url, client.authorization(key)), asked.concurrency
     if not asked.fleet_file.exists():
         msg = (
             f"there is no {asked.fleet_file}: name the fleet's file (--fleet /etc/chatterbox-tts/fleet.toml) "
@@ -198,11 +197,3 @@ def _front(asked: _Asked) -> tuple[Front, int | None]:
         raise click.UsageError(msg)
     written = arguments.read_fleet(asked.fleet_file)
     return speak.local_front(fleet.resolve(written), key), asked.concurrency or narration.in_flight(written)
-
-
-def _key(file: TextIO | None) -> str | None:
-    key = os.environ.get(_KEY_VARIABLE, "") if file is None else file.read()
-    if len(key.split()) > 1:
-        msg = "should hold one key and nothing else"
-        raise click.BadParameter(msg, param_hint=f"${_KEY_VARIABLE}" if file is None else "--api-key-file")
-    return key.strip() or None

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells say it: 128 and the number of SIGINT."""
 
+CLOSED = 141
+"""Exit status where whoever read our output has seen enough, as of 128 and the number of SIGPIPE."""
+
+
+def close_output() -> None:
+    """Nothing more goes to a standard output that nobody reads (``| head``); nor shall Python's last flush object."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 def author() -> Author:
     """Who types, also behind sudo, and what."""

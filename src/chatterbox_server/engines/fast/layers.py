@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash", "cudnn"]
-"""How padding is kept out of attention: a boolean mask, or on CUDA in 16 bits lengths, by FlashAttention or cuDNN."""
+Attention = Literal["mask", "flash"]
+"""How padding is kept out of attention: a boolean mask, or on CUDA in 16 bits FlashAttention's variable lengths."""
 
 Kernels = Literal["torch", "triton"]
 """Whose the steps between products are, and the vocoder's convolutions: torch's, or ours (``tiles``), on CUDA."""
@@ -98,23 +98,21 @@ class Lengths:
 
 def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
     """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how != "mask" and queries.is_cuda and queries.dtype != torch.float32:
-        return _packed(queries, keys, values, lengths, how)
+    if how == "flash" and queries.is_cuda and queries.dtype != torch.float32:
+        return _packed(queries, keys, values, lengths)
     across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
     return functional.scaled_dot_product_attention(*across, attn_mask=lengths.valid[:, None, None, :]).transpose(1, 2)
 
 
-def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
-    """Rows and padding as so many sequences one after another. Public in torch from 2.10 on, but for the choice."""
+def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:
+    """Rows and padding as so many sequences one after another."""
     batch, width = queries.shape[:2]
     packed = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
-    ends, aten = lengths.segments, torch.ops.aten
-    if how == "flash":
-        attended = aten._flash_attention_forward(*packed, ends, ends, width, width, 0.0, False, False)  # noqa: SLF001
-    else:
-        told = (None, ends, ends, width, width, True, 0.0, False, False)
-        attended = aten._cudnn_attention_forward(*packed, *told)  # noqa: SLF001
-    return attended[0].unflatten(0, (batch, width))
+    ends = lengths.segments
+    attended = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 (the public name came with torch 2.10)
+        *packed, ends, ends, width, width, 0.0, False, False
+    )[0]
+    return attended.unflatten(0, (batch, width))
 
 
 NEVER: Final = float("-inf")

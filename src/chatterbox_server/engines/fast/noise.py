@@ -16,7 +16,7 @@ FLOW: Final = 1
 PHASES: Final = 2
 """Of the source's harmonics: lane is the harmonic."""
 SOURCE: Final = 3
-"""The source's breath: position is the sample, lane is the harmonic."""
+"""The source's breath, one for all harmonics: position is a quarter of the sample, lane is which of the four."""
 
 _MASK: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)

@@ -50,7 +50,7 @@ class How:
 
 
 def how_for(device: str) -> How:
-    """What measured best (scripts/gpu/fast_sound.txt) on CUDA; elsewhere float32, as the package computes."""
+    """On CUDA in 16 bits, the fastest that was measured (scripts/gpu/fast_sound.txt); elsewhere as the package does."""
     if torch.device(device).type != "cuda":
         return How()
     kernels: Kernels = "triton" if importlib.util.find_spec("triton") else "torch"
@@ -240,8 +240,7 @@ class Sound:
         return [self._cut(share, samples[row], phases[row]) for row, share in enumerate(batch)]
 
     def _mel(self, batch: Sequence[_Share]) -> Recording[Asked]:
-        # One more, for to attention padding is a sequence, and not every kernel takes one of no length.
-        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch) + 1)
+        rows, width = _least(BATCHES, len(batch)), _least(WIDTHS, max(share.tokens for share in batch))
         recording = self.recordings.find(("flow", rows, width), self._flow, lambda: self._flow_blank(rows, width))
         asked = recording.inputs
         full = [*batch, *[batch[0]] * (rows - len(batch))]

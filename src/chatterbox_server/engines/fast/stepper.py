@@ -122,7 +122,7 @@ class Stepper:
                 **shape,
             )  # fmt: skip
             parts = self._parts
-        block = 8
+        block = max(8, 8192 // self._d)
         kernels.head[(triton.cdiv(self._of.vocabulary, block),)](
             x, self._in_parts, self._logits, backbone.head, _or(backbone.head_bias, backbone.head),
             V=self._of.vocabulary, PARTS=parts, BLOCK=block, BIAS=backbone.head_bias is not None, num_warps=4,

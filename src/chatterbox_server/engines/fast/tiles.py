@@ -1,8 +1,8 @@
 """What torch would do to a row of channels in several kernels, each of which reads and writes it anew: Triton in one.
 
-Products stay with cuBLAS, which is faster than ours at these sizes; the vocoder's convolutions are ours, for cuDNN's
-take nearly three times as long. Sums are float32. What these compute ``flow`` and ``vocoder`` compute in torch too, and
-tests/server/test_fast_tiles.py compares them.
+Products stay with cuBLAS, which was faster than ours at these sizes; the vocoder's convolutions are ours, for cuDNN's
+took nearly three times as long (scripts/gpu/fast_sound.txt). Sums are float32. What these compute ``flow`` and
+``vocoder`` compute in torch too, and tests/server/test_fast_tiles.py compares them.
 """
 
 from typing import Any
