@@ -284,6 +284,19 @@ def test_what_is_missing_it_says_as_the_stock_engine_does(monkeypatch: pytest.Mo
         fast.load(Settings(engine="fast"))
 
 
+def test_as_many_are_in_hand_as_memory_holds_or_as_are_asked_for() -> None:
+    from chatterbox_server.engines.fast.engine import fitting
+
+    gib = 2**30
+    # Half of what is free, one cache of it nobody's; never more than 64 by itself.
+    assert [fitting(free * gib, gib // 2) for free in (2, 8, 140)] == [1, 7, 64]
+    assert [fitting(140 * gib, gib // 2, asked) for asked in (1, 100)] == [1, 100]
+    with pytest.raises(EngineError, match=r"cache needs 0\.5 GiB, and 1\.0 GiB are free"):
+        fitting(gib, gib // 2)
+    with pytest.raises(EngineError, match=r"cannot hold 100 .*set server\.max_batch to 7 or less"):
+        fitting(8 * gib, gib // 2, 100)
+
+
 def test_what_it_cannot_speak_it_says_and_names_who_can() -> None:
     from chatterbox_server.engines import fast
 

@@ -76,7 +76,7 @@ class FastEngine:
         ``keep_t3`` leaves the package's T3 whole, for one who wants to hear it beside.
 
         Raises:
-            EngineError: the checkpoint has no built-in voice, or there is no memory for a single utterance.
+            EngineError: the checkpoint has no built-in voice, or there is no memory for so many utterances.
         """
         import torch
 
@@ -105,7 +105,7 @@ class FastEngine:
         self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
         self._manners: OrderedDict[tuple[int, float], tuple[Voice, Any]] = OrderedDict()
         dtype = torch.float32 if self._exact else torch.bfloat16
-        self.places = max_batch or self._fitting(model.t3, dtype)
+        self.places = self._fitting(model.t3, dtype, max_batch)
         slots = Slots(model.t3, slots=self.places, dtype=dtype)
         if not keep_t3:
             model.t3.tfmr = torch.nn.Identity()
@@ -266,14 +266,14 @@ class FastEngine:
             self._sound.warm_up([(batch, voice, tokens) for batch in BATCHES for tokens in WARM])
             torch.cuda.synchronize(self._device)
 
-    def _fitting(self, t3: Any, dtype: Any) -> int:
-        """How many utterances' caches the memory holds that is free now."""
+    def _fitting(self, t3: Any, dtype: Any, asked: int) -> int:
+        """How many utterances' caches are made: as many as are asked for, or as the memory holds that is free now."""
         import torch
 
         from chatterbox_server.engines.fast.slots import LONGEST_PROMPT
 
         if not self._on_gpu:
-            return 4
+            return asked or 4
         config = t3.cfg
         heads = getattr(config, "num_attention_heads", None) or config.n_head
         layers = getattr(config, "num_hidden_layers", None) or config.n_layer
@@ -281,13 +281,27 @@ class FastEngine:
         rows = 1 if t3.is_gpt else 2
         each = 2 * rows * layers * heads * head_dim * (LONGEST_PROMPT + MOST_TOKENS) * torch.finfo(dtype).bits // 8
         free, _ = torch.cuda.mem_get_info(self._device)
-        fitting = min(MOST_AT_ONCE, int(free * SHARE_FOR_CACHE) // each - 1)
-        if fitting < 1:
-            msg = (
-                f"cannot hold an utterance: its cache needs {each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-            )
-            raise EngineError(msg)
-        return int(fitting)
+        return fitting(free, each, asked)
+
+
+def fitting(free_bytes: int, each_bytes: int, asked: int = 0) -> int:
+    """Utterances at once, each with a cache of so many bytes; one cache more is made, that is nobody's.
+
+    Raises:
+        EngineError: not as many as are ``asked`` for fit, or not a single one.
+    """
+    fit = min(MOST_AT_ONCE, int(free_bytes * SHARE_FOR_CACHE) // each_bytes - 1)
+    each_gib, free_gib = each_bytes / 2**30, free_bytes / 2**30
+    if asked and (asked + 1) * each_bytes > free_bytes:
+        msg = (
+            f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each: {free_gib:.1f} GiB are free; "
+            f"set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
+        )
+        raise EngineError(msg)
+    if not asked and fit < 1:
+        msg = f"cannot hold an utterance: its cache needs {each_gib:.1f} GiB, and {free_gib:.1f} GiB are free"
+        raise EngineError(msg)
+    return asked or fit
 
 
 def unfit(device: str) -> str | None:
