@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from chatterbox_server.engine import EngineError
 from chatterbox_server.engines.fast.layers import NEVER, Linear, Norm, windows
 
 
@@ -16,8 +17,8 @@ class Encoder:
         """``device`` is where the weights already are."""
         layers = [*encoder.encoders, *encoder.up_encoders]
         if any(layer.conv_module is not None or layer.feed_forward_macaron is not None for layer in layers):
-            msg = "cannot run an encoder with convolution modules or macaron layers"
-            raise NotImplementedError(msg)
+            msg = 'cannot run an encoder with convolution modules or macaron layers: set server.engine = "stock"'
+            raise EngineError(msg)
         self._dtype = dtype
         self._ahead = encoder.pre_lookahead_layer.pre_lookahead_len
         self._look, self._settle = (

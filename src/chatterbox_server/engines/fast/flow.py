@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
+from chatterbox_server.engine import EngineError
 from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.encoder import Encoder
 from chatterbox_server.engines.fast.layers import Attention, Kernels, Lengths, Linear, Norm, attend, windows
@@ -108,8 +109,8 @@ class Estimator:
         kernels: Kernels,
     ) -> None:
         if not estimator.causal or len(estimator.down_blocks) != 1:
-            msg = "cannot run an estimator that looks ahead, or works at several resolutions"
-            raise NotImplementedError(msg)
+            msg = 'cannot run an estimator that looks ahead, or at several resolutions: set server.engine = "stock"'
+            raise EngineError(msg)
         self._dtype = dtype
         groups = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
         embedded = _embedded(estimator, times)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from chatterbox_server.engine import EngineError
+
 HEADROOM_DB: Final = 15
 """Of perth's normalised spectra (``perth_net_implicit.utils.normalize``)."""
 SILENT: Final = 0.05
@@ -44,7 +46,7 @@ class Watermark:
         self._points, self._hop = config.n_fft, config.hop_size
         if config.window_fn != "hann" or config.window_size != config.n_fft:
             msg = f"cannot mark with a window of {config.window_fn}, {config.window_size} of {config.n_fft}"
-            raise NotImplementedError(msg)
+            raise EngineError(msg)
         self._window = torch.hann_window(self._points, device=device)
         self._least = config.stft_magnitude_min
         self._least_db = 20 * math.log10(self._least)
