@@ -42,7 +42,7 @@ exit $status
 
 # Ends apply with a signal as it says that it begins a step; ends well if there was something to end.
 CUT_SHORT = f"""
-touch /run/apply.log
+: > /run/apply.log
 env --default-signal=INT {APPLY} 2> /run/apply.log & applying=$!
 while kill -0 $applying 2>/dev/null && ! grep -q '^\\[{{step}}/' /run/apply.log; do sleep 0.01; done
 kill -{{signal}} $applying; wait $applying; status=$?

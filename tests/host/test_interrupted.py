@@ -67,6 +67,7 @@ def test_after_ctrl_c_apply_finishes_what_was_begun(fleet: LiveFleet) -> None:
 def test_killed_rollback_undoes_what_was_begun(fleet: LiveFleet, step: int) -> None:
     fleet.write(fleet_toml())
     before = fleet.change("as it was", APPLY)
+    assert before.status == 0, before.said
     fleet.write(fleet_toml({**SWAPPED, "2": "6096"}, server='model = "turbo"'))
 
     killed = fleet.cut_short(step)
@@ -82,7 +83,8 @@ def test_killed_rollback_undoes_what_was_begun(fleet: LiveFleet, step: int) -> N
 @pytest.mark.parametrize("step", [9])
 def test_after_a_power_cut_in_the_middle_the_fleet_boots_and_apply_finishes(fleet: LiveFleet, step: int) -> None:
     fleet.write(fleet_toml())
-    fleet.change("as it was", APPLY)
+    before = fleet.change("as it was", APPLY)
+    assert before.status == 0, before.said
     fleet.write(fleet_toml(SWAPPED))
 
     killed = fleet.cut_short(step)
