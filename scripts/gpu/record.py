@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import pynvml
 
-from chatterbox_deploy import nvml, smi
 from chatterbox_deploy.errors import CaptureError
+from chatterbox_deploy.gpu import nvml, smi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

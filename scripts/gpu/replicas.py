@@ -2,7 +2,7 @@
 
     python scripts/gpu/replicas.py | tee scripts/gpu/replicas.txt
     python scripts/gpu/replicas.py --profile mine.json     # for `chatterbox-deploy advise --profile mine.json`
-    python scripts/gpu/replicas.py --built-in              # writes it to src/chatterbox_deploy/measured.json
+    python scripts/gpu/replicas.py --built-in              # writes it to src/chatterbox_deploy/sizing/measured.json
 
 Weights are random at full size (scripts/tiny_model.py). Every server and the MPS daemon get exactly the Environment=,
 EnvironmentFile=, ExecStart= and ExecStartPost= of the units that `chatterbox-deploy render` wrote, beside what this
@@ -35,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from stock_server import CHECKOUT, FROM_THIS_MACHINE, TEXT, Server, gpu_memory_bytes
 
-from chatterbox_deploy import profile
+from chatterbox_deploy.sizing import profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ BY_MPS_ANEW = {1: 30.0}
 
 PIPELINED = {1: 40.0}
 NEEDED = 3.9
-MEASURED_FILE = CHECKOUT / "src/chatterbox_deploy/measured.json"
+MEASURED_FILE = CHECKOUT / "src/chatterbox_deploy/sizing/measured.json"
 
 Unit = dict[str, list[str]]
 

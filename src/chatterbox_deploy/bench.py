@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import asking, counters, loads, nvml
+from chatterbox_deploy import asking, counters, loads
 from chatterbox_deploy.asking import Asker, pause
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.loads import CardUse, Counted, Repetition, Trial, Use
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     import aiohttp
 
     from chatterbox_deploy.aims import Aim, Door
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.counters import Reading
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.loads import Load, Sample
 
 METRICS_TIMEOUT_S = 5.0

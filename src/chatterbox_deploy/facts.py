@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Upstream
-    from chatterbox_deploy.gpu import Gpu
+    from chatterbox_deploy.gpu.query import Gpu
     from chatterbox_deploy.render import RenderedFile
     from chatterbox_deploy.systemd import Mark
     from chatterbox_deploy.templates import Templates

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from chatterbox_deploy import gpu_words, usage
+from chatterbox_deploy import gpu_words
+from chatterbox_deploy.gpu import usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chatterbox_deploy.cards import Card, Process
+    from chatterbox_deploy.gpu.cards import Card, Process
     from chatterbox_deploy.situation import Program, Situation
 
 Severity = Literal["high", "medium", "low"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.cards import Card
+    from chatterbox_deploy.gpu.cards import Card
 
 _NAMED = re.compile(
     r"""

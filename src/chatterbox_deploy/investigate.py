@@ -12,16 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import gpu_words, nginx, nvml, observe, proc, render, situation, smi, systemd
+from chatterbox_deploy import gpu_words, nginx, observe, proc, render, situation, systemd
 from chatterbox_deploy.errors import CaptureError, CommandFailed
+from chatterbox_deploy.gpu import nvml, smi
 from chatterbox_deploy.situation import Pin, Program, Situation, short_name
 from chatterbox_deploy.survey import ANSWER_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from chatterbox_deploy.cards import Card, Process
     from chatterbox_deploy.fleet import Instance
+    from chatterbox_deploy.gpu.cards import Card, Process
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.situation import FleetFile
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.conditions import Condition, Limits
     from chatterbox_deploy.exposition import Exposition
     from chatterbox_deploy.fleet import Fleet, Instance
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.nginx import Request
     from chatterbox_deploy.picture import Severity
 

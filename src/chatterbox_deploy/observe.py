@@ -8,11 +8,12 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import gpu, nginx, render, systemd
+from chatterbox_deploy import nginx, render, systemd
 from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.fleet import MPS_PROGRAM
+from chatterbox_deploy.gpu import query
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -125,10 +126,10 @@ def _environ(host: Host, shown: dict[str, str], text: str | None) -> str | None:
     return None if environ is None else environ.decode(errors="replace")
 
 
-def gpus(host: Host) -> tuple[gpu.Gpu, ...]:
+def gpus(host: Host) -> tuple[query.Gpu, ...]:
     """GPUs of the host; none where nvidia-smi is not there, or finds no driver."""
     try:
-        return gpu.parse(host.run(gpu.ask_argv(), timeout_s=SHOW_TIMEOUT_S).stdout)
+        return query.parse(host.run(query.ask_argv(), timeout_s=SHOW_TIMEOUT_S).stdout)
     except CommandFailed:
         return ()
 

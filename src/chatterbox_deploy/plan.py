@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import capacity, difference, nginx, render, systemd
+from chatterbox_deploy import difference, nginx, render, systemd
 from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.fleet import MPS_PROGRAM, Upstream
+from chatterbox_deploy.sizing import capacity
 from chatterbox_deploy.steps import (
     PointLink,
     Purge,

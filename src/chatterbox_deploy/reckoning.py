@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import advice, usage
+from chatterbox_deploy.gpu import usage
+from chatterbox_deploy.sizing import advice
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_deploy.advice import Advice
-    from chatterbox_deploy.cards import Card
-    from chatterbox_deploy.profile import Profile
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.sizing.advice import Advice
+    from chatterbox_deploy.sizing.profile import Profile
 
 UTTERANCE_S = 10.0
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_deploy import findings, proc, profile, proposal, usage
+from chatterbox_deploy import findings, proc, proposal
+from chatterbox_deploy.gpu import usage
 from chatterbox_deploy.reckoning import Reckoning, Share
+from chatterbox_deploy.sizing import profile
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.findings import Finding
-    from chatterbox_deploy.profile import Profile
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.proposal import Proposal
     from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.sizing.profile import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

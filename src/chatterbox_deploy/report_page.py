@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup, escape
 
-from chatterbox_deploy import __version__, charts, report_text, usage
+from chatterbox_deploy import __version__, charts, report_text
+from chatterbox_deploy.gpu import usage
 
 if TYPE_CHECKING:
     from chatterbox_deploy.report import Gpu, Report

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import usage
+from chatterbox_deploy.gpu import usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.findings import Finding
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.proposal import Proposal
     from chatterbox_deploy.report import Gpu, Report
 

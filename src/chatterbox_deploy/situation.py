@@ -11,13 +11,13 @@ from chatterbox_deploy import proc
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet
+    from chatterbox_deploy.gpu.cards import Card
+    from chatterbox_deploy.gpu.smi import Capture
     from chatterbox_deploy.gpu_words import Line
     from chatterbox_deploy.nginx import Block, Traffic
     from chatterbox_deploy.proc import Kind
-    from chatterbox_deploy.smi import Capture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ from chatterbox_deploy.survey import ANSWER_TIMEOUT_S, survey
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.exposition import Exposition
     from chatterbox_deploy.facts import Wanted
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.nginx import Request
 

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 import pytest
 
 from chatterbox_deploy import exposition, fleet, gauges, monitor
-from chatterbox_deploy.cards import Card
 from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy.gpu.cards import Card
 from chatterbox_deploy.monitor import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness

@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import advice, config, fleet, profile
-from chatterbox_deploy.advice import Demand
+from chatterbox_deploy import config, fleet
 from chatterbox_deploy.cli import main
 from chatterbox_deploy.errors import ProfileError
+from chatterbox_deploy.sizing import advice, profile
+from chatterbox_deploy.sizing.advice import Demand
 
 if TYPE_CHECKING:
     from pathlib import Path

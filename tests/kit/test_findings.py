@@ -15,8 +15,8 @@ from chatterbox_deploy.situation import Pin, Situation
 from support.situations import MIB, card, fleet_file, machine, process, program, seed
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.cards import Card
     from chatterbox_deploy.findings import Finding
+    from chatterbox_deploy.gpu.cards import Card
 
 DOCS = Path(__file__).parents[2] / "docs/report.md"
 AT_WORK = card(0, process(812))

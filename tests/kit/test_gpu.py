@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from chatterbox_deploy import capacity, config, fleet, gpu, observe
-from chatterbox_deploy.gpu import MEBIBYTE, Gpu
+from chatterbox_deploy import config, fleet, observe
+from chatterbox_deploy.gpu import query
+from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
 from chatterbox_deploy.ledger import Ledger
+from chatterbox_deploy.sizing import capacity
 from support.scripted import scripted_host
 
 # The fields of ask_argv(); a board without memory of its own, and one in trouble.
@@ -21,7 +23,7 @@ SMALL = Gpu("1", "GPU-0a1b2c3d-0000-0000-0000-000000000000", "a small one", 12 *
 
 
 def test_what_nvidia_smi_prints_is_read_and_what_it_does_not_know_is_unknown() -> None:
-    first, second = gpu.parse(SAID)
+    first, second = query.parse(SAID)
 
     assert first == H200
     assert (second.name, second.memory_bytes, second.used_bytes) == ("NVIDIA GB10", None, None)
@@ -33,7 +35,7 @@ def test_a_host_tells_its_gpus_and_cpus_or_that_it_does_not_know() -> None:
         host.gpus = SAID
         host.place("/sys/devices/system/cpu/online", "0-2,8\n")
 
-        assert observe.gpus(host) == gpu.parse(SAID)
+        assert observe.gpus(host) == query.parse(SAID)
         assert observe.cpus(host) == frozenset({0, 1, 2, 8})
 
 

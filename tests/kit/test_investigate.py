@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import findings, investigate, nvml
+from chatterbox_deploy import findings, investigate
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import Answer, LocalHost, Ran
 from chatterbox_deploy.investigate import ACCESS_LOG
 from chatterbox_deploy.nginx import Traffic
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path, PurePosixPath
 
-    from chatterbox_deploy.cards import Card
+    from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.situation import FleetFile, Situation
 
 HANDMADE = """\

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from chatterbox_deploy import conditions, config, exposition, fleet, gauges, monitor, nginx, systemd
-from chatterbox_deploy.cards import Card
 from chatterbox_deploy.cli import monitor_view
 from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy.gpu.cards import Card
 from chatterbox_deploy.monitor import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness, Unit

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import nvml
-from chatterbox_deploy.cards import Card, Process
+from chatterbox_deploy.gpu import nvml
+from chatterbox_deploy.gpu.cards import Card, Process
 from support.recorded_nvml import RecordedNvml
 
 RECORDED = Path(__file__).parents[1] / "recorded"

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config, findings, profile, proposal, report
-from chatterbox_deploy.profile import Point, Profile
+from chatterbox_deploy import config, findings, proposal, report
 from chatterbox_deploy.reckoning import Reckoning, Share
 from chatterbox_deploy.situation import Pin
+from chatterbox_deploy.sizing import profile
+from chatterbox_deploy.sizing.profile import Point, Profile
 from support.situations import MIB, card, fleet_file, machine, process, program, seed
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import smi
-from chatterbox_deploy.cards import SLOWDOWNS, Card, Process
 from chatterbox_deploy.errors import CaptureError
+from chatterbox_deploy.gpu import smi
+from chatterbox_deploy.gpu.cards import SLOWDOWNS, Card, Process
 
 CHECKOUT = Path(__file__).parents[2]
 SEED = (CHECKOUT / "docs/report/two-rtx-3090.xml").read_bytes()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_deploy.cards import Card
+    from chatterbox_deploy.gpu.cards import Card
 
 LOG = "/var/log/nginx/chatterbox-tts.access.log"
 NOBODY = 16_093

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chatterbox_deploy import config, fleet, situation, smi
-from chatterbox_deploy.cards import Card, Process
+from chatterbox_deploy import config, fleet, situation
+from chatterbox_deploy.gpu import smi
+from chatterbox_deploy.gpu.cards import Card, Process
 from chatterbox_deploy.gpu_words import Line
 from chatterbox_deploy.nginx import Block, Traffic
 from chatterbox_deploy.situation import FleetFile, Pin, Program, Situation

@@ -11,18 +11,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from chatterbox_deploy import advice, capacity, observe, profile
+from chatterbox_deploy import observe
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.gpu import MEBIBYTE, Gpu
+from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
 from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.sizing import advice, capacity, profile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from chatterbox_deploy.advice import Advice, Row
-    from chatterbox_deploy.profile import Profile
+    from chatterbox_deploy.sizing.advice import Advice, Row
+    from chatterbox_deploy.sizing.profile import Profile
 
 _FIRST_PORT = 6093
 _FRONT_PORT = 6095

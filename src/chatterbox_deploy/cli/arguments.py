@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from chatterbox_deploy import blueprint, config, fleet, profile
+from chatterbox_deploy import blueprint, config, fleet
 from chatterbox_deploy.errors import CommandFailed, FleetFileError, ProfileError
 from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.sizing import profile
 from chatterbox_deploy.templates import Templates, read_own
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.blueprint import Blueprint
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Instance
-    from chatterbox_deploy.profile import Profile
+    from chatterbox_deploy.sizing.profile import Profile
 
 FLEET = click.argument("fleet_file", metavar="[FLEET]", type=click.Path(path_type=Path), default=Path("fleet.toml"))
 FLEET_OPTION = click.option(

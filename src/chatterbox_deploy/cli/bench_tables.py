@@ -9,7 +9,7 @@ from rich.table import Table
 
 from chatterbox_deploy import benchmarks, comparison, rate_search
 from chatterbox_deploy.benchmarks import FIGURES, interval, number
-from chatterbox_deploy.capacity import gigabytes
+from chatterbox_deploy.sizing.capacity import gigabytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

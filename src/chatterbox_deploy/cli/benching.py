@@ -17,9 +17,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from chatterbox_deploy import __version__, asking, bench, loads, nvml, rate_search, seeking
+from chatterbox_deploy import __version__, asking, bench, loads, rate_search, seeking
 from chatterbox_deploy.bench import Bench, Stop
 from chatterbox_deploy.benchmarks import number
+from chatterbox_deploy.gpu import nvml
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Sequence

@@ -21,10 +21,11 @@ import click
 from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
-from chatterbox_deploy import conditions, exposition, gauges, monitor, nvml
+from chatterbox_deploy import conditions, exposition, gauges, monitor
 from chatterbox_deploy.blueprint import want
 from chatterbox_deploy.cli import arguments, monitor_view, telling
 from chatterbox_deploy.errors import CommandFailed, DeployError
+from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.render import RenderedFile
 from chatterbox_deploy.watch import Watch

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import config, fleet, report, report_page, report_text, situation, smi
+from chatterbox_deploy import config, fleet, report, report_page, report_text, situation
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CaptureError
+from chatterbox_deploy.gpu import smi
 from chatterbox_deploy.host import LocalHost, save
 from chatterbox_deploy.investigate import investigate
 from chatterbox_deploy.situation import FleetFile

@@ -49,7 +49,7 @@ class Profile(_Strict):
 @cache
 def built_in() -> dict[str, Profile]:
     """By model."""
-    text = resources.files("chatterbox_deploy").joinpath("measured.json").read_text(encoding="utf-8")
+    text = resources.files("chatterbox_deploy.sizing").joinpath("measured.json").read_text(encoding="utf-8")
     return {profile.model: profile for profile in TypeAdapter(tuple[Profile, ...]).validate_json(text)}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pynvml
 
-from chatterbox_deploy.cards import SLOWDOWNS, Card, Process
+from chatterbox_deploy.gpu.cards import SLOWDOWNS, Card, Process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.gpu import Gpu
+    from chatterbox_deploy.gpu.query import Gpu
 
 
 def problems(fleet: Fleet, gpus: Sequence[Gpu], cpus: Collection[int] | None) -> list[str]:

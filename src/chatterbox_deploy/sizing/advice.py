@@ -16,7 +16,7 @@ from chatterbox_deploy.config import MAX_INSTANCES_PER_GPU
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.profile import Point, Profile
+    from chatterbox_deploy.sizing.profile import Point, Profile
 
 GROWTH = 1.25
 """Memory of an instance over what it had after 10 s of speech: longer texts and more voices need more."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from chatterbox_deploy.cards import Card, Process
+    from chatterbox_deploy.gpu.cards import Card, Process
 
 BUSY_PERCENT = 5.0
 """Utilisation from which on a GPU counts as used though nobody is seen to compute on it."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from xml.etree.ElementTree import TreeBuilder
 from xml.parsers import expat
 
-from chatterbox_deploy.cards import SLOWDOWNS, Card, Process
 from chatterbox_deploy.errors import CaptureError
+from chatterbox_deploy.gpu.cards import SLOWDOWNS, Card, Process
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

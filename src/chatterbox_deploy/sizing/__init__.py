@@ -1,0 +1,1 @@
+"""How many instances a GPU holds, and what they give, by what was measured. Decides; asks nobody."""
