@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import timed_server
 
-from chatterbox_deploy import benchmarks, loads, stats
+from chatterbox_deploy.bench import loads, results, stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.stats import Estimate
 
 SERVICE_S: Final = 0.05
 COUNT: Final = 4
@@ -79,7 +79,7 @@ def bench(url: str, directory: Path) -> tuple[Said, loads.Run]:
     ]
     subprocess.run(argv, capture_output=True, check=True)
     run = loads.from_json(saved.read_text(), source=str(saved))
-    figures = {figure.name: benchmarks.values(run.trials[0], figure) for figure in benchmarks.FIGURES}
+    figures = {figure.name: results.values(run.trials[0], figure) for figure in results.FIGURES}
     return Said(figures["requests_per_s"][0], figures["latency_p50_s"][0], figures["latency_mean_s"][0]), run
 
 

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts import timed_server
 
-from chatterbox_deploy import benchmarks, loads, stats
+from chatterbox_deploy.bench import loads, results, stats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.loads import Sample, Trial
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.loads import Sample, Trial
+    from chatterbox_deploy.bench.stats import Estimate
 
 SERVICE_S: Final = 0.25
 COUNTS: Final = (1, 2, 4, 8)
@@ -87,8 +87,8 @@ def cell(found: Estimate) -> str:
 
 def report(count: int, trial: Trial, first: Sequence[float]) -> float:
     """Print a row of the first table; how many times one instance it is."""
-    times = stats.ratio(benchmarks.values(trial, benchmarks.REQUESTS), first)
-    rate, latency = benchmarks.estimate(trial, benchmarks.REQUESTS), benchmarks.estimate(trial, benchmarks.LATENCY)
+    times = stats.ratio(results.values(trial, results.REQUESTS), first)
+    rate, latency = results.estimate(trial, results.REQUESTS), results.estimate(trial, results.LATENCY)
     assert times is not None
     assert rate is not None
     assert latency is not None
@@ -123,7 +123,7 @@ def main() -> int:
     for count in COUNTS:
         with tempfile.TemporaryDirectory() as name, timed_server.fleet(count, SERVICE_S, Path(name)) as (front, _):
             trial = measure(Path(name), front.port, window_s, "--concurrency", str(2 * count))
-            first = first or benchmarks.values(trial, benchmarks.REQUESTS)
+            first = first or results.values(trial, results.REQUESTS)
             times = report(count, trial, first)
             if times < REQUIRED * count:
                 low.append(f"{count}: {times:.3f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from chatterbox_deploy import heard
+from chatterbox_deploy.bench import heard
 from chatterbox_server import audio
 
 SECONDS = 3.5

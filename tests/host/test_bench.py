@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import loads
+from chatterbox_deploy.bench import loads
 from host import front_lab
 from support.ports import free_ports
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from chatterbox_deploy.loads import Run, Trial
+    from chatterbox_deploy.bench.loads import Run, Trial
 
 pytestmark = [
     pytest.mark.nginx,

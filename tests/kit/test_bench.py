@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from chatterbox_deploy import aims, asking, bench, benchmarks, config, counters, fleet, loads
-from chatterbox_deploy.aims import Aim, Door
-from chatterbox_deploy.bench import Bench, Stop
+from chatterbox_deploy import config, fleet
+from chatterbox_deploy.bench import aims, asking, counters, loads, measuring, results
+from chatterbox_deploy.bench.aims import Aim, Door
+from chatterbox_deploy.bench.loads import Load
+from chatterbox_deploy.bench.measuring import Bench, Stop
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
-from chatterbox_deploy.loads import Load
 from support.speaking import Speaker, serving
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.loads import Sample, Trial
+    from chatterbox_deploy.bench.loads import Sample, Trial
 
 LOAD = Load(
     concurrency=2, rate_per_s=None, window_s=0.4, warmup_s=0.1, repetitions=1, seed=1, texts="short",
@@ -74,7 +75,7 @@ def test_every_request_is_counted_once_by_everybody() -> None:
 
 def test_the_fewest_in_flight_are_asked_so_that_two_of_two_clients_never_meet() -> None:
     trial = measure(changed(concurrency=2), Speaker(service_s=0.01), Speaker(service_s=0.2))
-    shares = {share.instance: share.requests for share in benchmarks.shares(trial)}
+    shares = {share.instance: share.requests for share in results.shares(trial)}
 
     assert shares["gpu0"] > 2 * shares["gpu1"]
 
@@ -125,16 +126,16 @@ def test_an_open_loop_waits_for_no_answer() -> None:
 def test_what_is_no_whole_sound_is_a_failure(fault: str, failure: str) -> None:
     trial = measure(changed(window_s=0.3), Speaker(fault=fault))
 
-    assert set(benchmarks.failures(trial)) == {failure}
-    assert benchmarks.estimate(trial, benchmarks.REQUESTS).value == 0  # type: ignore[union-attr]
-    assert benchmarks.estimate(trial, benchmarks.LATENCY) is None
+    assert set(results.failures(trial)) == {failure}
+    assert results.estimate(trial, results.REQUESTS).value == 0  # type: ignore[union-attr]
+    assert results.estimate(trial, results.LATENCY) is None
     # A client that was refused waits before it asks again.
     assert len(trial.repetitions[0].samples) <= 2 * (1 + 0.4 / 0.25) + 2
 
 
 def test_nobody_there_is_a_failure_and_so_is_an_answer_that_does_not_end_in_time() -> None:
     trial = measure(changed(timeout_s=0.1, window_s=0.6, concurrency=1), Speaker(service_s=5))
-    assert set(benchmarks.failures(trial)) == {"timed out"}
+    assert set(results.failures(trial)) == {"timed out"}
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -142,7 +143,7 @@ def test_nobody_there_is_a_failure_and_so_is_an_answer_that_does_not_end_in_time
 
     async def ask() -> None:
         async with asking.open_session(None) as session:
-            await bench.probe(session, [door], LOAD)
+            await measuring.probe(session, [door], LOAD)
 
     with pytest.raises(CommandFailed, match=r"gpu0 \(http://.*\): cannot connect: connection refused; is the fleet"):
         asyncio.run(ask())
@@ -161,7 +162,7 @@ def test_a_stall_is_counted_and_the_first_byte_is_one_of_sound() -> None:
     assert sample.longest_gap_s >= 0.25
     # The header had come 0.1 s before.
     assert sample.to_first_byte_s >= 0.1
-    assert benchmarks.stalled_share(trial.repetitions[0]) == 1.0
+    assert results.stalled_share(trial.repetitions[0]) == 1.0
 
 
 def test_stopped_it_keeps_what_was_measured_and_waits_for_what_is_out() -> None:
@@ -171,7 +172,7 @@ def test_stopped_it_keeps_what_was_measured_and_waits_for_what_is_out() -> None:
 
     assert 0 < repetition.window_s < 10
     assert len(repetition.samples) == len(speaker.heard)
-    assert not benchmarks.failures(trial)
+    assert not results.failures(trial)
 
 
 def test_insisted_it_drops_what_is_out() -> None:
@@ -192,7 +193,7 @@ def test_what_an_instance_counted_before_it_was_replaced_is_not_made_up() -> Non
     trial = measure(LOAD, Replaced())
 
     assert trial.repetitions[0].counted == {}
-    assert any("no /metrics of gpu0" in note for note in benchmarks.notes(trial))
+    assert any("no /metrics of gpu0" in note for note in results.notes(trial))
 
 
 SCRAPE = r"""
@@ -242,7 +243,7 @@ def test_a_server_of_no_fleet_file_is_an_instance_if_it_counts() -> None:
         settled = []
         async with serving(Speaker(), Speaker(fault="no metrics")) as aim, asking.open_session(None) as session:
             for found in aims.of_doors(aims.at(door.url for door in aim.doors), "each"):
-                settled.append(await bench.settle(session, found))  # noqa: PERF401  awaited one by one
+                settled.append(await measuring.settle(session, found))  # noqa: PERF401  awaited one by one
         return settled
 
     instance, unknown = asyncio.run(scenario())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner, Result
 
-from chatterbox_deploy import loads
+from chatterbox_deploy.bench import loads
 from chatterbox_deploy.cli import main
 from support.speaking import Speaker, serving
 

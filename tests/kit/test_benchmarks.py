@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import benchmarks, comparison, loads, rate_search
+from chatterbox_deploy.bench import comparison, loads, rate_search, results
+from chatterbox_deploy.bench.loads import Counted, Load, Repetition, Run, Sample, Search, Target, Trial, Tried, Use
 from chatterbox_deploy.errors import BenchmarkError
-from chatterbox_deploy.loads import Counted, Load, Repetition, Run, Sample, Search, Target, Trial, Tried, Use
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +68,8 @@ def test_throughput_has_no_grain_of_whole_requests(service_s: float, servers: in
     """Whole requests in 10 s of 3.3 s each would be 3 or 4: off by a tenth."""
     done = steady(service_s, servers=servers, audio_s=2.5)
 
-    assert benchmarks.requests_per_s(done) == pytest.approx(servers / service_s)
-    assert benchmarks.audio_s_per_s(done) == pytest.approx(2.5 * servers / service_s)
+    assert results.requests_per_s(done) == pytest.approx(servers / service_s)
+    assert results.audio_s_per_s(done) == pytest.approx(2.5 * servers / service_s)
 
 
 def test_latencies_count_from_when_a_request_was_due_and_only_those_of_the_window() -> None:
@@ -83,25 +83,25 @@ def test_a_failure_is_never_fast() -> None:
     """One in ten is refused at once; the rest take 1 to 9 s."""
     good = [sample(0.0, float(second)) for second in range(1, 10)]
     done = trial(repetition([*good, sample(0.0, 0.001, failure="503", status=503, audio_s=None)] * 2))
-    figures = {figure.name: benchmarks.estimate(done, figure) for figure in benchmarks.FIGURES}
+    figures = {figure.name: results.estimate(done, figure) for figure in results.FIGURES}
 
     assert figures["latency_p50_s"].value == 5.0  # type: ignore[union-attr]
     assert figures["latency_p95_s"] is None, "more than one in twenty never had an answer"
     assert figures["latency_mean_s"].value == 5.0  # type: ignore[union-attr]
     assert figures["failed_share"].value == 0.1  # type: ignore[union-attr]
-    assert benchmarks.failures(done) == {"503": 2}
-    assert "failed: 2 x 503" in benchmarks.notes(done)
+    assert results.failures(done) == {"503": 2}
+    assert "failed: 2 x 503" in results.notes(done)
 
 
 def test_what_is_not_told_is_unknown_and_never_0() -> None:
     done = trial(repetition([sample(0.0, 1.0, audio_s=None, queue_wait_s=None, stalls=None, stalled_s=None)] * 2))
-    known = {each.name for each in benchmarks.FIGURES if benchmarks.estimate(done, each) is not None}
+    known = {each.name for each in results.FIGURES if results.estimate(done, each) is not None}
 
     assert not known & {
         "audio_s_per_s", "tokens_per_s", "real_time_factor", "wait_mean_s", "wait_p95_s", "stalled_share",
         "server_cores", "machine_cores",
     }  # fmt: skip
-    assert benchmarks.number(None) == "-"
+    assert results.number(None) == "-"
 
 
 COUNTED = Counted(ended={"answered": 5}, over_s=10.0, audio_s=50.0, synthesis_s=9.0, tokens=1250.0, cpu_s=2.0)
@@ -110,11 +110,11 @@ COUNTED = Counted(ended={"answered": 5}, over_s=10.0, audio_s=50.0, synthesis_s=
 def test_tokens_and_real_time_factor_are_what_the_servers_counted() -> None:
     done = repetition([sample(0.0, 1.0)], counted={"gpu0": COUNTED, "gpu1": replace(COUNTED, audio_s=40.0)})
 
-    assert benchmarks.tokens_per_s(done) == 250.0
-    assert benchmarks.real_time_factor(done) == 0.2
-    assert benchmarks.server_cores(done) == pytest.approx(0.4)
+    assert results.tokens_per_s(done) == 250.0
+    assert results.real_time_factor(done) == 0.2
+    assert results.server_cores(done) == pytest.approx(0.4)
     one_is_silent = replace(done, counted={"gpu0": COUNTED, "gpu1": replace(COUNTED, tokens=None)})
-    assert benchmarks.tokens_per_s(one_is_silent) is None
+    assert results.tokens_per_s(one_is_silent) is None
 
 
 def test_shares_are_of_all_who_answered_also_strangers() -> None:
@@ -122,7 +122,7 @@ def test_shares_are_of_all_who_answered_also_strangers() -> None:
         sample(0.0, 1.0, instance="gpu9"),
         sample(0.0, 1.0, instance=None, failure="cannot connect: connection refused", status=None),
     ]
-    rows = benchmarks.shares(trial(repetition(samples, counted={"gpu0": COUNTED}), instances=("gpu0", "gpu1")))
+    rows = results.shares(trial(repetition(samples, counted={"gpu0": COUNTED}), instances=("gpu0", "gpu1")))
 
     assert [(row.instance, row.requests, row.share) for row in rows] == [
         ("gpu0", 3, 0.75), ("gpu1", 0, 0.0), ("gpu9", 1, 0.25)
@@ -136,11 +136,10 @@ def test_a_late_generator_says_so() -> None:
     late = trial(*[repetition([sample(0.0, 1.0, sent_s=0.05)] * 100)] * 2)
     busy = replace(fine.repetitions[0].use, generator_cores=0.95)
 
-    assert not any("fell behind" in note for note in benchmarks.notes(fine))
-    assert any("fell behind: requests left up to 0.050 s" in note for note in benchmarks.notes(late))
+    assert not any("fell behind" in note for note in results.notes(fine))
+    assert any("fell behind: requests left up to 0.050 s" in note for note in results.notes(late))
     assert any(
-        "0.95 of the one core" in note
-        for note in benchmarks.notes(trial(*[replace(fine.repetitions[0], use=busy)] * 2))
+        "0.95 of the one core" in note for note in results.notes(trial(*[replace(fine.repetitions[0], use=busy)] * 2))
     )
 
 

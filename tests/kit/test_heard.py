@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import heard
-from chatterbox_deploy.heard import Playback
+from chatterbox_deploy.bench import heard
+from chatterbox_deploy.bench.heard import Playback
 
 
 @pytest.mark.parametrize(

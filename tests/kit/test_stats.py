@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import stats
+from chatterbox_deploy.bench import stats
 
 positive = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
 

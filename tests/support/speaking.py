@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from chatterbox_deploy.aims import Aim, Door
+from chatterbox_deploy.bench.aims import Aim, Door
 from chatterbox_deploy.wav import SAMPLE_BYTES, Sound, encode
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from rich.console import Console
 
-from chatterbox_deploy import benchmarks, comparison, heard, loads, rate_search
+from chatterbox_deploy.bench import comparison, heard, loads, rate_search, results
 from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from chatterbox_deploy.host import save
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from chatterbox_deploy.loads import Run
+    from chatterbox_deploy.bench.loads import Run
 
 
 class _RunByDefault(click.Group):
@@ -190,7 +190,7 @@ def run_command(
         raise lost
     if run.partial:
         raise SystemExit(telling.INTERRUPTED)
-    if target is None and any(benchmarks.failures(trial) for trial in run.trials):
+    if target is None and any(results.failures(trial) for trial in run.trials):
         raise SystemExit(1)
 
 
@@ -259,9 +259,9 @@ def _keep(run: Run, *, output: Path | None, plots: Sequence[Path]) -> CommandFai
             save(output, loads.to_json(run))
         for path in plots:
             # Takes a second to import, and is an extra.
-            from chatterbox_deploy import bench_plots  # noqa: PLC0415
+            from chatterbox_deploy.bench import charts  # noqa: PLC0415
 
-            save(path, bench_plots.draw(run, path.suffix))
+            save(path, charts.draw(run, path.suffix))
     except CommandFailed as error:
         return error
     return None
@@ -288,7 +288,7 @@ def _show(run: Run, *, as_json: bool) -> None:
             )
         )
         for trial in run.trials:
-            _notes(trial.label, benchmarks.notes(trial))
+            _notes(trial.label, results.notes(trial))
     else:
         _show_one(run)
     if (told := comparison.speed_up(run.trials)) is not None:
@@ -304,7 +304,7 @@ def _show_one(run: Run) -> None:
     if (cards := bench_tables.cards(trial)) is not None:
         click.echo()
         _print(cards)
-    _notes(None, benchmarks.notes(trial))
+    _notes(None, results.notes(trial))
 
 
 def _notes(label: str | None, notes: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import aims, charts, heard, loads, rate_search
+from chatterbox_deploy import charts
+from chatterbox_deploy.bench import aims, heard, loads, rate_search
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import BenchmarkError, FleetFileError, UnknownInstance
 from chatterbox_deploy.fleet import resolve
@@ -14,9 +15,9 @@ from chatterbox_deploy.fleet import resolve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.aims import Aim
+    from chatterbox_deploy.bench.aims import Aim
+    from chatterbox_deploy.bench.loads import Load, Run, Target
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.loads import Load, Run, Target
 
 PLOTS = (".svg", ".png", ".html")
 

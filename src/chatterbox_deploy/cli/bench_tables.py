@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from chatterbox_deploy import benchmarks, comparison, rate_search
-from chatterbox_deploy.benchmarks import FIGURES, interval, number
+from chatterbox_deploy.bench import comparison, rate_search, results
+from chatterbox_deploy.bench.results import FIGURES, interval, number
 from chatterbox_deploy.sizing.capacity import gigabytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.comparison import Compared
-    from chatterbox_deploy.loads import CardUse, Load, Run, Search, Trial
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.comparison import Compared
+    from chatterbox_deploy.bench.loads import CardUse, Load, Run, Search, Trial
+    from chatterbox_deploy.bench.stats import Estimate
 
 SIDE_BY_SIDE = (
     "audio_s_per_s", "latency_p95_s", "first_byte_p95_s", "failed_share", "requests_per_s", "latency_p50_s",
@@ -54,8 +54,8 @@ def _load(load: Load) -> str:
 def figures(trial: Trial) -> Table:
     """Every figure that is known of one trial."""
     table = _table("<", ">mean", ">95 %", "<")
-    for figure in benchmarks.shown(trial):
-        found = benchmarks.estimate(trial, figure)
+    for figure in results.shown(trial):
+        found = results.estimate(trial, figure)
         table.add_row(figure.title, _value(found, figure.unit), interval(found, figure.unit), figure.unit)
     return table
 
@@ -66,7 +66,7 @@ def shares(trial: Trial) -> Table:
         "<instance", ">requests", ">share", ">failed", ">sound s",
         ">tokens/s", ">RTF", ">cores",
     )  # fmt: skip
-    for each in benchmarks.shares(trial):
+    for each in results.shares(trial):
         table.add_row(
             each.instance, str(each.requests), f"{each.share * 100:.1f} %", str(each.failed), number(each.audio_s),
             number(each.tokens_per_s), number(each.real_time_factor), number(each.cores),
@@ -109,7 +109,7 @@ def side_by_side(trials: Sequence[Trial], *, scaled: bool, count: int) -> Table:
     ]
     table = _table("<", *titles, *([">times", ">efficiency"] if scaling else []))
     for place, trial in enumerate(trials):
-        cells = [_give_or_take(benchmarks.estimate(trial, figure), figure.unit) for figure in chosen]
+        cells = [_give_or_take(results.estimate(trial, figure), figure.unit) for figure in chosen]
         row = scaling[place] if scaling else None
         times = [] if row is None else [_give_or_take(row.times), f"{row.efficiency * 100:.0f} %"]
         table.add_row(trial.label, *cells, *times)
@@ -187,17 +187,17 @@ def _trial(trial: Trial) -> dict[str, Any]:
                 "value": found and found.value,
                 "low": found and found.low,
                 "high": found and found.high,
-                "repetitions": list(benchmarks.values(trial, figure)),
+                "repetitions": list(results.values(trial, figure)),
             }
             for figure in FIGURES
-            for found in (benchmarks.estimate(trial, figure),)
+            for found in (results.estimate(trial, figure),)
         },
-        "shares": [asdict(each) for each in benchmarks.shares(trial)],
+        "shares": [asdict(each) for each in results.shares(trial)],
         "cards": [
             None if each.use.cards is None else [asdict(card) for card in each.use.cards] for each in trial.repetitions
         ],
-        "failures": benchmarks.failures(trial),
-        "notes": list(benchmarks.notes(trial)),
+        "failures": results.failures(trial),
+        "notes": list(results.notes(trial)),
     }
 
 

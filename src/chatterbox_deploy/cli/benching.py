@@ -17,9 +17,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from chatterbox_deploy import __version__, asking, bench, loads, rate_search, seeking
-from chatterbox_deploy.bench import Bench, Stop
-from chatterbox_deploy.benchmarks import number
+from chatterbox_deploy import __version__
+from chatterbox_deploy.bench import asking, loads, measuring, rate_search, seeking
+from chatterbox_deploy.bench.measuring import Bench, Stop
+from chatterbox_deploy.bench.results import number
 from chatterbox_deploy.gpu import nvml
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from chatterbox_deploy.aims import Aim
-    from chatterbox_deploy.loads import Load, Run, Sample, Search, Target, Tried
+    from chatterbox_deploy.bench.aims import Aim
+    from chatterbox_deploy.bench.loads import Load, Run, Sample, Search, Target, Tried
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def run(
     Raises:
         CommandFailed: not everybody speaks, or the fleet answers nothing.
     """
-    bench.allow_many_connections()
+    measuring.allow_many_connections()
     return asyncio.run(_run(trials, texts, api_key=api_key, target=target, tolerance=tolerance))
 
 
@@ -65,16 +66,16 @@ async def _run(
         async with asking.open_session(api_key) as session:
             ready = await _unless(stop, _begin(session, trials))
             settled, probes = ready or ([], 0)
-            measuring = Bench(session, texts, bar, stop)
+            bench = Bench(session, texts, bar, stop)
             if target is not None and settled:
                 aim, load = settled[0]
                 found, search = await seeking.highest_rate(
-                    measuring, aim, load, target, tolerance=tolerance, tell=bar.tried
+                    bench, aim, load, target, tolerance=tolerance, tell=bar.tried
                 )
                 done += found
             else:
                 for aim, load in settled:
-                    trial = await measuring.trial(aim, load)
+                    trial = await bench.trial(aim, load)
                     done += [trial] if trial.repetitions else []
         partial = stop.asked.is_set()
     return loads.Run(
@@ -95,9 +96,9 @@ async def _begin(
     session: aiohttp.ClientSession, trials: Sequence[tuple[Aim, Load]]
 ) -> tuple[list[tuple[Aim, Load]], int]:
     """Everybody speaks: the trials with what is known of their doors, and how many requests that took."""
-    settled = [(await bench.settle(session, aim), load) for aim, load in trials]
+    settled = [(await measuring.settle(session, aim), load) for aim, load in trials]
     doors = dict.fromkeys(door for aim, _ in settled for door in aim.doors)
-    return settled, await bench.probe(session, doors, trials[0][1])
+    return settled, await measuring.probe(session, doors, trials[0][1])
 
 
 async def _unless(stop: Stop, work: Coroutine[Any, Any, T]) -> T | None:

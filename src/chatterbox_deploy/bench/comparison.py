@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import stats
-from chatterbox_deploy.benchmarks import AUDIO, REQUESTS, Figure, shown, values
+from chatterbox_deploy.bench import stats
+from chatterbox_deploy.bench.results import AUDIO, REQUESTS, Figure, shown, values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.loads import Run, Trial
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.loads import Run, Trial
+    from chatterbox_deploy.bench.stats import Estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
-from chatterbox_deploy import benchmarks, comparison, rate_search
-from chatterbox_deploy.benchmarks import AUDIO, REQUESTS
+from chatterbox_deploy.bench import comparison, rate_search, results
+from chatterbox_deploy.bench.results import AUDIO, REQUESTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from chatterbox_deploy.loads import Run, Search, Trial
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.loads import Run, Search, Trial
+    from chatterbox_deploy.bench.stats import Estimate
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -118,9 +118,9 @@ def _distribution(axes: Axes, trials: tuple[Trial, ...]) -> None:
 
 
 def _throughput(axes: Axes, trials: tuple[Trial, ...]) -> None:
-    figure = AUDIO if all(benchmarks.values(trial, AUDIO) for trial in trials) else REQUESTS
+    figure = AUDIO if all(results.values(trial, AUDIO) for trial in trials) else REQUESTS
     for number, trial in enumerate(trials):
-        found = benchmarks.estimate(trial, figure)
+        found = results.estimate(trial, figure)
         if found is not None:
             axes.bar(trial.label, found.value, yerr=_reach(found), capsize=4, color=f"C{number}")
     axes.set(title="Sound made, s per s" if figure is AUDIO else "Requests answered, per s")
@@ -128,7 +128,7 @@ def _throughput(axes: Axes, trials: tuple[Trial, ...]) -> None:
 
 
 def _shares(axes: Axes, trial: Trial) -> None:
-    rows = benchmarks.shares(trial)
+    rows = results.shares(trial)
     axes.bar([row.instance for row in rows], [row.share * 100 for row in rows])
     axes.set(title=f"Share of requests, {trial.label}", ylabel="%")
     axes.tick_params(axis="x", rotation=20, labelsize=8)
@@ -161,7 +161,7 @@ def _page(run: Run) -> str:
     parts = []
     for trial in run.trials:
         parts += [f"<h2>{html.escape(trial.label)}</h2>", _table(trial)]
-        parts += [f"<p>Note: {html.escape(note)}.</p>" for note in benchmarks.notes(trial)]
+        parts += [f"<p>Note: {html.escape(note)}.</p>" for note in results.notes(trial)]
     return _PAGE.format(
         title="chatterbox-deploy bench",
         command=html.escape(run.command),
@@ -175,10 +175,10 @@ def _page(run: Run) -> str:
 
 def _table(trial: Trial) -> str:
     rows = ["<table><tr><th>figure<th>mean<th>95 %<th>unit"]
-    for figure in benchmarks.shown(trial):
-        found = benchmarks.estimate(trial, figure)
+    for figure in results.shown(trial):
+        found = results.estimate(trial, figure)
         if found is None:
             continue
-        value = benchmarks.number(found.value, figure.unit)
-        rows.append(f"<tr><td>{figure.title}<td>{value}<td>{benchmarks.interval(found, figure.unit)}<td>{figure.unit}")
+        value = results.number(found.value, figure.unit)
+        rows.append(f"<tr><td>{figure.title}<td>{value}<td>{results.interval(found, figure.unit)}<td>{figure.unit}")
     return "".join([*rows, "</table>"])

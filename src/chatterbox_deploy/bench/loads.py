@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from chatterbox_deploy.bench.heard import Format  # noqa: TC001  pydantic reads it
 from chatterbox_deploy.errors import BenchmarkError
-from chatterbox_deploy.heard import Format  # noqa: TC001  pydantic reads it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -251,7 +251,7 @@ def from_json(text: str, *, source: str) -> Run:
 def read_texts(name: str, own: str | None = None) -> tuple[str, ...]:
     """The texts of a set that came with us, or those of ``own``, the contents of a file: one a line, empty ones not."""
     if own is None:
-        own = resources.files("chatterbox_deploy").joinpath(f"texts/{name}.txt").read_text(encoding="utf-8")
+        own = resources.files("chatterbox_deploy.bench").joinpath(f"texts/{name}.txt").read_text(encoding="utf-8")
     return tuple(line.strip() for line in own.splitlines() if line.strip())
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import benchmarks, rate_search
+from chatterbox_deploy.bench import rate_search, results
+from chatterbox_deploy.bench.loads import Search, Tried
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.loads import Search, Tried
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.aims import Aim
-    from chatterbox_deploy.bench import Bench
-    from chatterbox_deploy.loads import Load, Target, Trial
+    from chatterbox_deploy.bench.aims import Aim
+    from chatterbox_deploy.bench.loads import Load, Target, Trial
+    from chatterbox_deploy.bench.measuring import Bench
 
 
 class Teller(Protocol):
@@ -35,9 +35,9 @@ async def highest_rate(
     pace = await bench.trial(aim, replace(load, repetitions=1))
     search = Search(target=target, tried=())
     trials = [pace] if pace.repetitions else []
-    pace_per_s = max((benchmarks.requests_per_s(repetition) for repetition in pace.repetitions), default=0.0)
+    pace_per_s = max((results.requests_per_s(repetition) for repetition in pace.repetitions), default=0.0)
     if pace.repetitions and pace_per_s == 0:
-        msg = f"cannot look for a rate: no request was answered: {benchmarks.failures(pace)}"
+        msg = f"cannot look for a rate: no request was answered: {results.failures(pace)}"
         raise CommandFailed(msg)
     while pace.repetitions:
         rate = rate_search.next_rate(search, pace_per_s=pace_per_s, tolerance=tolerance, repetitions=load.repetitions)

@@ -11,15 +11,15 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from chatterbox_deploy import stats
+from chatterbox_deploy.bench import stats
+from chatterbox_deploy.bench.loads import Target
 from chatterbox_deploy.errors import BenchmarkError
-from chatterbox_deploy.loads import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.loads import Search, Tried
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.loads import Search, Tried
+    from chatterbox_deploy.bench.stats import Estimate
 
 UNSURE_TRIES = 3
 """How often a rate is tried, each time with all repetitions, before its mean has to do."""

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from chatterbox_deploy import client, heard
+from chatterbox_deploy import client
+from chatterbox_deploy.bench import heard
+from chatterbox_deploy.bench.loads import Sample
 from chatterbox_deploy.fleet import SPEECH
-from chatterbox_deploy.loads import Sample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from chatterbox_deploy.aims import Door
-    from chatterbox_deploy.loads import Load
+    from chatterbox_deploy.bench.aims import Door
+    from chatterbox_deploy.bench.loads import Load
 
 HEAD_BYTES = 4096
 """In which every header of a steady format ends."""

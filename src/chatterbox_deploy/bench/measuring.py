@@ -17,21 +17,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import asking, counters, loads
-from chatterbox_deploy.asking import Asker, pause
+from chatterbox_deploy.bench import asking, counters, loads
+from chatterbox_deploy.bench.asking import Asker, pause
+from chatterbox_deploy.bench.loads import CardUse, Counted, Repetition, Trial, Use
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu import nvml
-from chatterbox_deploy.loads import CardUse, Counted, Repetition, Trial, Use
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import aiohttp
 
-    from chatterbox_deploy.aims import Aim, Door
-    from chatterbox_deploy.counters import Reading
+    from chatterbox_deploy.bench.aims import Aim, Door
+    from chatterbox_deploy.bench.counters import Reading
+    from chatterbox_deploy.bench.loads import Load, Sample
     from chatterbox_deploy.gpu.cards import Card
-    from chatterbox_deploy.loads import Load, Sample
 
 METRICS_TIMEOUT_S = 5.0
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from chatterbox_deploy import stats
+from chatterbox_deploy.bench import stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from chatterbox_deploy.loads import Repetition, Sample, Trial
-    from chatterbox_deploy.stats import Estimate
+    from chatterbox_deploy.bench.loads import Repetition, Sample, Trial
+    from chatterbox_deploy.bench.stats import Estimate
 
 LAG_S = 0.01
 """Later than this, and later than a hundredth of the latency, our own lateness is part of what we report."""
