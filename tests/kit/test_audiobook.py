@@ -11,13 +11,13 @@ import av
 import numpy as np
 import pytest
 
-from chatterbox_deploy.audiobook import Recording
-from chatterbox_deploy.binding import Binder
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.formats import FORMATS
-from chatterbox_deploy.narration import Span, Take
-from chatterbox_deploy.parts import Parts
-from chatterbox_deploy.wav import Sound
+from chatterbox_deploy.speak.audiobook import Recording
+from chatterbox_deploy.speak.binding import Binder
+from chatterbox_deploy.speak.formats import FORMATS
+from chatterbox_deploy.speak.narration import Span, Take
+from chatterbox_deploy.speak.parts import Parts
+from chatterbox_deploy.speak.wav import Sound
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,9 +140,9 @@ def test_what_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> No
 WRITE_LONG = """
 import resource, sys
 from pathlib import Path
-from chatterbox_deploy.audiobook import Recording
-from chatterbox_deploy.binding import Binder
-from chatterbox_deploy.narration import Span
+from chatterbox_deploy.speak.audiobook import Recording
+from chatterbox_deploy.speak.binding import Binder
+from chatterbox_deploy.speak.narration import Span
 
 minutes = int(sys.argv[1])
 pcm = bytes(range(256)) * (24_000 * 2 * 20 // 256)

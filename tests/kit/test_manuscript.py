@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from chatterbox_deploy import manuscript, sentences
 from chatterbox_deploy.errors import ManuscriptError
-from chatterbox_deploy.manuscript import Manuscript, Pauses
+from chatterbox_deploy.speak import manuscript, sentences
+from chatterbox_deploy.speak.manuscript import Manuscript, Pauses
 
 
 def read(text: str, *, markdown: bool = False, language: str = "en", longest: int = 280) -> Manuscript:

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config, narration, subtitles, tally, wav
-from chatterbox_deploy.manuscript import Chapter, Manuscript, Piece
-from chatterbox_deploy.narration import Manner, Span, Take
-from chatterbox_deploy.tally import Summary, Tally
+from chatterbox_deploy import config
+from chatterbox_deploy.speak import narration, subtitles, tally, wav
+from chatterbox_deploy.speak.manuscript import Chapter, Manuscript, Piece
+from chatterbox_deploy.speak.narration import Manner, Span, Take
+from chatterbox_deploy.speak.tally import Summary, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

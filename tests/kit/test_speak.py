@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from chatterbox_deploy import client, config, fleet, narration, speak, wav
+from chatterbox_deploy import client, config, fleet
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.manuscript import Chapter, Manuscript, Piece
-from chatterbox_deploy.narration import Manner
-from chatterbox_deploy.speak import Front, Patience
-from chatterbox_deploy.wav import Sound
+from chatterbox_deploy.speak import narration, sending, wav
+from chatterbox_deploy.speak.manuscript import Chapter, Manuscript, Piece
+from chatterbox_deploy.speak.narration import Manner
+from chatterbox_deploy.speak.sending import Front, Patience
+from chatterbox_deploy.speak.wav import Sound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from chatterbox_deploy.narration import Take
+    from chatterbox_deploy.speak.narration import Take
 
 SOUND = Sound(24_000, bytes(4800))
 QUICK = Patience(failures=3, whole_s=30, first_wait_s=0.01, longest_wait_s=0.02)
@@ -129,7 +130,7 @@ def run(
         async with server.served() as url:
             front = Front(url, client.authorization(key), answer_s=10)
             keep = heard.kept.__setitem__
-            await speak.speak(front, takes(*texts), keep, in_flight=in_flight, tell=heard, patience=patience)
+            await sending.speak(front, takes(*texts), keep, in_flight=in_flight, tell=heard, patience=patience)
 
     try:
         asyncio.run(job())
@@ -301,7 +302,7 @@ def test_the_model_and_the_recording_behind_a_voice_are_asked_for(
 ) -> None:
     async def ask() -> dict[str, Any]:
         async with Server(voices=voices).served() as url:
-            return await speak.spoken_by(Front(url), voice)
+            return await sending.spoken_by(Front(url), voice)
 
     assert asyncio.run(ask()) == told
 
@@ -311,7 +312,7 @@ def test_where_nobody_listens_the_first_question_says_so() -> None:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     with pytest.raises(CommandFailed) as failed:
-        asyncio.run(speak.spoken_by(Front(url), None))
+        asyncio.run(sending.spoken_by(Front(url), None))
 
     assert str(failed.value) == (
         f"cannot reach {url}: connection refused; does the fleet run? `chatterbox-deploy status`"
@@ -334,7 +335,7 @@ def test_where_nobody_listens_the_first_question_says_so() -> None:
 def test_the_front_of_a_fleet_on_this_machine(nginx: str, url: str, headers: dict[str, str]) -> None:
     resolved = fleet.resolve(config.load(f"[gpus]\n0 = 6093\n[nginx]\n{nginx}", source="fleet.toml"))
 
-    front = speak.local_front(resolved, "secret")
+    front = sending.local_front(resolved, "secret")
 
     assert (front.url, dict(front.headers)) == (url, {**headers, "Authorization": "Bearer secret"})
     assert front.answer_s == 2 * 190 + 10

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from chatterbox_deploy.bench.aims import Aim, Door
-from chatterbox_deploy.wav import SAMPLE_BYTES, Sound, encode
+from chatterbox_deploy.speak.wav import SAMPLE_BYTES, Sound, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from chatterbox_deploy import client, fleet, narration
+from chatterbox_deploy import client, fleet
 from chatterbox_deploy.cli import arguments, speaking, telling
 from chatterbox_deploy.errors import CommandFailed, ManuscriptError
-from chatterbox_deploy.formats import FORMATS
-from chatterbox_deploy.narration import Manner
-from chatterbox_deploy.parts import Parts
+from chatterbox_deploy.speak import narration
+from chatterbox_deploy.speak.formats import FORMATS
+from chatterbox_deploy.speak.narration import Manner
+from chatterbox_deploy.speak.parts import Parts
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.speak import Front
+    from chatterbox_deploy.speak.sending import Front
 
 _SUFFIXES = ", ".join(FORMATS)
 
@@ -104,7 +105,7 @@ def speak_command(book: str, **options: Any) -> None:
     """
     asked = _Asked(**options)
     try:
-        from chatterbox_deploy import manuscript, production  # noqa: PLC0415  an extra: only who speaks needs it
+        from chatterbox_deploy.speak import manuscript, production  # noqa: PLC0415  an extra: only who speaks needs it
     except ImportError as error:
         msg = (
             f"cannot speak without the packages of the extra `speak` ({error.name}): "
@@ -181,14 +182,14 @@ def _output(book: str, asked: _Asked) -> Path:
 
 def _front(asked: _Asked) -> tuple[Front, int | None]:
     """Where to ask, and how much at once; ``None`` where nobody says how many instances there are."""
-    from chatterbox_deploy import speak  # noqa: PLC0415  its HTTP client takes a tenth of a second to import
+    from chatterbox_deploy.speak import sending  # noqa: PLC0415  its HTTP client takes a tenth of a second to import
 
     key = arguments.read_key(asked.api_key_file)
     if asked.url is not None:
         if (url := client.base_url(asked.url)) is None:
             msg = f"should be like http://127.0.0.1:6095 or https://tts.example.com, got {asked.url!r}"
             raise click.BadParameter(msg, param_hint="--url")
-        return speak.Front(url, client.authorization(key)), asked.concurrency
+        return sending.Front(url, client.authorization(key)), asked.concurrency
     if not asked.fleet_file.exists():
         msg = (
             f"there is no {asked.fleet_file}: name the fleet's file (--fleet /etc/chatterbox-tts/fleet.toml) "
@@ -196,4 +197,4 @@ def _front(asked: _Asked) -> tuple[Front, int | None]:
         )
         raise click.UsageError(msg)
     written = arguments.read_fleet(asked.fleet_file)
-    return speak.local_front(fleet.resolve(written), key), asked.concurrency or narration.in_flight(written)
+    return sending.local_front(fleet.resolve(written), key), asked.concurrency or narration.in_flight(written)

@@ -11,18 +11,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
-from chatterbox_deploy.tally import count
+from chatterbox_deploy.speak.tally import count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.progress import Task
 
-    from chatterbox_deploy.manuscript import Manuscript
-    from chatterbox_deploy.narration import Take
-    from chatterbox_deploy.speak import Tell
-    from chatterbox_deploy.tally import Tally
-    from chatterbox_deploy.wav import Sound
+    from chatterbox_deploy.speak.manuscript import Manuscript
+    from chatterbox_deploy.speak.narration import Take
+    from chatterbox_deploy.speak.sending import Tell
+    from chatterbox_deploy.speak.tally import Tally
+    from chatterbox_deploy.speak.wav import Sound
 
 _REQUEST_ID = re.compile(r" ?\(request id [^)]*\)")
 

@@ -7,22 +7,22 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from chatterbox_deploy import narration, speak, subtitles, tally
-from chatterbox_deploy.binding import Binder
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import save
-from chatterbox_deploy.tally import Summary, Tally
+from chatterbox_deploy.speak import narration, sending, subtitles, tally
+from chatterbox_deploy.speak.binding import Binder
+from chatterbox_deploy.speak.tally import Summary, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from chatterbox_deploy.manuscript import Manuscript
-    from chatterbox_deploy.narration import Manner, Take, Timeline
-    from chatterbox_deploy.parts import Parts
-    from chatterbox_deploy.speak import Front
-    from chatterbox_deploy.wav import Sound
+    from chatterbox_deploy.speak.manuscript import Manuscript
+    from chatterbox_deploy.speak.narration import Manner, Take, Timeline
+    from chatterbox_deploy.speak.parts import Parts
+    from chatterbox_deploy.speak.sending import Front
+    from chatterbox_deploy.speak.wav import Sound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class Goal:
 class Show(Protocol):
     """Lets somebody watch; each is there for as long as its ``with`` lasts."""
 
-    def speaking(self, counts: Tally) -> AbstractContextManager[speak.Tell]:
+    def speaking(self, counts: Tally) -> AbstractContextManager[sending.Tell]:
         """Whatever it hears, it counts in ``counts``."""
         ...
 
@@ -66,7 +66,7 @@ def make(
         CommandFailed: not all could be spoken, or it cannot be written; what was spoken is kept.
     """
     begun_s = time.monotonic()
-    wanted = narration.takes(manuscript, manner, spoken_by=asyncio.run(speak.spoken_by(front, manner.voice)))
+    wanted = narration.takes(manuscript, manner, spoken_by=asyncio.run(sending.spoken_by(front, manner.voice)))
     there = parts.samples(take.name for take in wanted)
     pauses = [(take, piece.pause_s) for take, piece in zip(wanted, manuscript.pieces, strict=True)]
     try:
@@ -118,7 +118,7 @@ def _speak(
     begun_s = time.monotonic()
     if todo:
         with show.speaking(counts) as tell:
-            asyncio.run(speak.speak(front, todo, keep, in_flight=in_flight, tell=tell))
+            asyncio.run(sending.speak(front, todo, keep, in_flight=in_flight, tell=tell))
     return counts, time.monotonic() - begun_s
 
 

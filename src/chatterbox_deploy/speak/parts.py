@@ -9,14 +9,14 @@ import wave
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from chatterbox_deploy import wav
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.speak import wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from chatterbox_deploy.wav import Sound
+    from chatterbox_deploy.speak.wav import Sound
 
 _OURS: Final = re.compile(r"\.?[0-9a-f]{32}\.(?:wav|tmp)|lock")
 

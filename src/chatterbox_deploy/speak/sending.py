@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import aiohttp
 
-from chatterbox_deploy import __version__, client, wav
+from chatterbox_deploy import __version__, client
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import SPEECH
+from chatterbox_deploy.speak import wav
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.narration import Take
-    from chatterbox_deploy.wav import Sound
+    from chatterbox_deploy.speak.narration import Take
+    from chatterbox_deploy.speak.wav import Sound
 
 _CONNECT_S: Final = 10.0
 _LONGEST_RETRY_AFTER_S: Final = 60.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from chatterbox_deploy.config import FleetConfig
-    from chatterbox_deploy.manuscript import Manuscript
+    from chatterbox_deploy.speak.manuscript import Manuscript
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

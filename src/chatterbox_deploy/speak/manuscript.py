@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from chatterbox_deploy import markup, sentences
 from chatterbox_deploy.errors import ManuscriptError
-from chatterbox_deploy.markup import Heading, Paragraph
+from chatterbox_deploy.speak import markup, sentences
+from chatterbox_deploy.speak.markup import Heading, Paragraph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

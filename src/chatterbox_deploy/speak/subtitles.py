@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from chatterbox_deploy.narration import Span
+    from chatterbox_deploy.speak.narration import Span
 
 _WIDTH: Final = 60
 """Characters of a line."""

@@ -21,14 +21,14 @@ from av.filter import Graph
 from av.packet import Packet
 
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.formats import FORMATS
-from chatterbox_deploy.wav import SAMPLE_BYTES
+from chatterbox_deploy.speak.formats import FORMATS
+from chatterbox_deploy.speak.wav import SAMPLE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from chatterbox_deploy.narration import Span
+    from chatterbox_deploy.speak.narration import Span
 
 _OPUS_RATES_HZ: Final = (8_000, 12_000, 16_000, 24_000, 48_000)
 

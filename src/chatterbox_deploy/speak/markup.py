@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from chatterbox_deploy.sentences import says
+from chatterbox_deploy.speak.sentences import says
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

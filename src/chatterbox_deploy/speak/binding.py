@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Self
 
-from chatterbox_deploy.audiobook import Recording
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.wav import SAMPLE_BYTES
+from chatterbox_deploy.speak.audiobook import Recording
+from chatterbox_deploy.speak.wav import SAMPLE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
-    from chatterbox_deploy.narration import Span, Take
-    from chatterbox_deploy.parts import Parts
+    from chatterbox_deploy.speak.narration import Span, Take
+    from chatterbox_deploy.speak.parts import Parts
 
 
 class Binder:
