@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import amend
+from chatterbox_deploy.report import amend
 
 FILE = """\
 # Our two cards.

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import findings
-from chatterbox_deploy.gpu_words import Line
 from chatterbox_deploy.nginx import Block, Traffic
-from chatterbox_deploy.situation import Pin, Situation
+from chatterbox_deploy.report import findings
+from chatterbox_deploy.report.pins import Line
+from chatterbox_deploy.report.situation import Pin, Situation
 from support.situations import MIB, card, fleet_file, machine, process, program, seed
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.findings import Finding
     from chatterbox_deploy.gpu.cards import Card
+    from chatterbox_deploy.report.findings import Finding
 
 DOCS = Path(__file__).parents[2] / "docs/report.md"
 AT_WORK = card(0, process(812))

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import findings, investigate
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import Answer, LocalHost, Ran
-from chatterbox_deploy.investigate import ACCESS_LOG
 from chatterbox_deploy.nginx import Traffic
-from chatterbox_deploy.situation import Pin
+from chatterbox_deploy.report import findings, investigate
+from chatterbox_deploy.report.investigate import ACCESS_LOG
+from chatterbox_deploy.report.situation import Pin
 from support.situations import SEED, card, fleet_file, process
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path, PurePosixPath
 
     from chatterbox_deploy.gpu.cards import Card
-    from chatterbox_deploy.situation import FleetFile, Situation
+    from chatterbox_deploy.report.situation import FleetFile, Situation
 
 HANDMADE = """\
 import os

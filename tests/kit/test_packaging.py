@@ -108,7 +108,7 @@ def test_the_wheel_holds_all_that_is_not_python(wheels: dict[str, Path]) -> None
     assert TEMPLATES
     assert set(names) >= {f"chatterbox_deploy/_templates/{template}" for template in TEMPLATES}
     assert set(names) >= {"chatterbox_deploy/fleet.schema.json", "chatterbox_deploy/py.typed"}
-    assert "chatterbox_deploy/report.html.j2" in names
+    assert "chatterbox_deploy/report/page.html.j2" in names
     assert set(names) >= {f"chatterbox_deploy/monitoring/{name}.yml.j2" for name in ("rules", "scrape")}
     assert set(names) >= {f"chatterbox_deploy/bench/texts/{name}.txt" for name in loads.TEXT_SETS}
     assert [name for name in names if name.endswith("/licenses/LICENSE")]

@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from chatterbox_deploy import gpu_words, proc
+from chatterbox_deploy.report import pins, proc
 from support.situations import card
 
 # As systemd 252 and 257 lay them out; the old hierarchy of several trees; a container.
@@ -121,7 +121,7 @@ def test_without_its_directory_only_absolute_paths_are_known() -> None:
     ],
 )  # fmt: skip
 def test_code_that_names_a_gpu_is_found(line: str, device: str | None) -> None:
-    found = gpu_words.find(f"import torch\n    {line}\n", "/srv/api.py")
+    found = pins.find(f"import torch\n    {line}\n", "/srv/api.py")
 
     assert [each.device for each in found] == ([] if device is None else [device])
     assert all((each.number, each.text) == (2, line) for each in found)
@@ -133,4 +133,4 @@ def test_code_that_names_a_gpu_is_found(line: str, device: str | None) -> None:
      ("0,1", None), ("", None), ("-1", None), ("7", None), ("GPU-", None), ("all", None)],
 )  # fmt: skip
 def test_the_one_gpu_that_a_variable_leaves_is_known_by_number_or_uuid(visible: str, index: str | None) -> None:
-    assert gpu_words.pinned_to(visible, [card(0), card(1)]) == index
+    assert pins.pinned_to(visible, [card(0), card(1)]) == index

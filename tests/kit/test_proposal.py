@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config, findings, proposal, report
-from chatterbox_deploy.reckoning import Reckoning, Share
-from chatterbox_deploy.situation import Pin
+from chatterbox_deploy import config
+from chatterbox_deploy.report import findings, proposal, summary
+from chatterbox_deploy.report.reckoning import Reckoning, Share
+from chatterbox_deploy.report.situation import Pin
 from chatterbox_deploy.sizing import profile
 from chatterbox_deploy.sizing.profile import Point, Profile
 from support.situations import MIB, card, fleet_file, machine, process, program, seed
@@ -19,8 +20,8 @@ from support.situations import MIB, card, fleet_file, machine, process, program,
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_deploy.proposal import Proposal
-    from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.report.proposal import Proposal
+    from chatterbox_deploy.report.situation import Situation
 
 BUSY = card(0, process(812))
 ONE = fleet_file("[gpus]\n0 = 6093   # by the window\n")
@@ -28,7 +29,7 @@ KNOWN = profile.built_in()
 
 
 def propose(situation: Situation, by: Profile | None = None) -> Proposal | None:
-    return report.make(situation, by).proposal
+    return summary.make(situation, by).proposal
 
 
 def changed_lines(made: Proposal | None) -> list[str]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 
-from chatterbox_deploy import report, report_text
 from chatterbox_deploy.cli import main
 from chatterbox_deploy.nginx import Block
+from chatterbox_deploy.report import markdown, summary
 from support.situations import MIB, SEED, card, everything, fleet_file, machine, seed
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
-    from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.report.situation import Situation
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = DOCS / "report/two-rtx-3090.md"
@@ -32,7 +32,7 @@ def run(*arguments: str) -> Result:
 
 
 def test_the_figures_of_the_two_cards_are_the_ones_that_were_read_off_them() -> None:
-    made = report.make(seed())
+    made = summary.make(seed())
 
     shares = [gpu.card.memory_used_bytes for gpu in made.gpus]
     assert shares == [9_126 * MIB, 64 * MIB]
@@ -49,7 +49,7 @@ def test_the_figures_of_the_two_cards_are_the_ones_that_were_read_off_them() -> 
 
 
 def test_every_byte_of_a_gpu_has_a_holder_or_is_free() -> None:
-    for gpu in report.make(seed()).gpus:
+    for gpu in summary.make(seed()).gpus:
         held = sum(each.memory_bytes or 0 for each in gpu.holders)
         assert held + (gpu.card.memory_free_bytes or 0) == gpu.card.memory_total_bytes
 
@@ -65,7 +65,7 @@ def test_the_example_in_the_docs_is_what_the_command_prints(monkeypatch: pytest.
 
 
 def test_markdown_tells_everything_and_lets_nobody_write_into_it() -> None:
-    text = report_text.markdown(report.make(everything()))
+    text = markdown.markdown(summary.make(everything()))
 
     for word in ("chatterbox-tts-gpu0.service", "sw\\_power\\_cap", "61 °C", "31 %", "gpu0", "90.0 %", "too far away"):
         assert word.replace("\\_", "_") in text
@@ -78,20 +78,20 @@ def test_markdown_tells_everything_and_lets_nobody_write_into_it() -> None:
 
 
 def test_no_gpu_is_said_to_be_none() -> None:
-    text = report_text.markdown(report.make(machine(told_by="NVML", unseen=("the moon: too far away",))))
+    text = markdown.markdown(summary.make(machine(told_by="NVML", unseen=("the moon: too far away",))))
 
     assert text == (
         "# GPU report\n\nNo GPU is known here (asked: NVML). Nothing is wrong that was looked at.\n\n"
         "## Findings\n\nNone, of what was looked at.\n\n## Not looked at\n\n- the moon: too far away\n"
     )
-    assert report.make(machine()).as_json()["gpus"] == []
+    assert summary.make(machine()).as_json()["gpus"] == []
 
 
 def test_without_a_gpu_the_front_is_looked_at_all_the_same() -> None:
     espeak = fleet_file("[gpus]\n0 = 6093\n1 = 6094\n[server]\nengine = 'espeak'\n")
     bad = Block("/etc/nginx/nginx.conf", "tts", (6093, 6094), least_conn=True, zone=False)
 
-    text = report_text.markdown(report.make(machine(fleet_file=espeak, upstreams=(bad,))))
+    text = markdown.markdown(summary.make(machine(fleet_file=espeak, upstreams=(bad,))))
 
     assert "`least-conn-without-zone`" in text
     assert "## Proposal" not in text
@@ -142,7 +142,7 @@ def is_of(value: Any, types: str) -> bool:
 
 @pytest.mark.parametrize("situation", [seed(), everything(), machine(), machine(card(0))], ids=list("1234"))
 def test_json_is_as_the_documentation_says(situation: Situation) -> None:
-    told = json.loads(json.dumps(report.make(situation).as_json()))
+    told = json.loads(json.dumps(summary.make(situation).as_json()))
     known = documented()
 
     wrong = [(path, value) for path, value in leaves(told) if not is_of(value, known.get(path, "nothing at all"))]
@@ -152,7 +152,7 @@ def test_json_is_as_the_documentation_says(situation: Situation) -> None:
 
 def test_the_documentation_says_nothing_of_json_that_is_not_there() -> None:
     situations = (everything(), seed(), machine(), machine(card(0)))
-    told = {path for each in situations for path, _ in leaves(json.loads(json.dumps(report.make(each).as_json())))}
+    told = {path for each in situations for path, _ in leaves(json.loads(json.dumps(summary.make(each).as_json())))}
 
     assert documented().keys() - told == set()
 

@@ -13,7 +13,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from chatterbox_deploy import charts, report, report_page
+from chatterbox_deploy.report import charts, summary
+from chatterbox_deploy.report.page import html
 from support import browser
 from support.situations import card, everything, fleet_file, machine, process, program, seed
 
@@ -66,7 +67,7 @@ async def _look(folder: Path) -> dict[tuple[str, bool], Sight]:
     async with browser.browser() as page:
         for name, situation in SITUATIONS.items():
             path = folder / f"{name.replace(' ', '-')}.html"
-            _write(path, report_page.html(report.make(situation)).encode())
+            _write(path, html(summary.make(situation)).encode())
             for dark in (False, True):
                 page.complaints.clear()
                 await page.open(path, width=1280, dark=dark)
@@ -131,7 +132,7 @@ def test_it_follows_the_readers_light_or_dark(sights: dict[tuple[str, bool], Sig
 
 
 def test_what_others_wrote_is_text_and_no_html() -> None:
-    page = report_page.html(report.make(everything()))
+    page = html(summary.make(everything()))
 
     assert "<script" not in page
     assert "&lt;b&gt;" in page
@@ -139,13 +140,13 @@ def test_what_others_wrote_is_text_and_no_html() -> None:
 
 
 def test_it_needs_nothing_but_itself() -> None:
-    page = report_page.html(report.make(everything()))
+    page = html(summary.make(everything()))
 
     assert re.findall(r'(?:src|href)="(?!#|data:,)[^"]*"|url\((?!#)[^)]*\)|@import', page) == []
 
 
 def test_every_colour_is_one_of_the_readers_light_or_dark() -> None:
-    page = report_page.html(report.make(everything()))
+    page = html(summary.make(everything()))
 
     assert not re.search("#0000[0-9a-f]{2}", page)
     named = set(re.findall(r"var\((--[a-z]+)\)", page))
@@ -153,13 +154,13 @@ def test_every_colour_is_one_of_the_readers_light_or_dark() -> None:
 
 
 def test_the_same_report_is_the_same_page() -> None:
-    assert report_page.html(report.make(seed())) == report_page.html(report.make(seed()))
+    assert html(summary.make(seed())) == html(summary.make(seed()))
 
 
 def test_without_matplotlib_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_charts = report_page.html(report.make(seed()))
+    with_charts = html(summary.make(seed()))
     monkeypatch.setattr(charts, "available", lambda: False)
-    without = report_page.html(report.make(seed()))
+    without = html(summary.make(seed()))
 
     assert "<svg" in with_charts
     assert "<svg" not in without

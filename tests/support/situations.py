@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chatterbox_deploy import config, fleet, situation
+from chatterbox_deploy import config, fleet
 from chatterbox_deploy.gpu import smi
 from chatterbox_deploy.gpu.cards import Card, Process
-from chatterbox_deploy.gpu_words import Line
 from chatterbox_deploy.nginx import Block, Traffic
-from chatterbox_deploy.situation import FleetFile, Pin, Program, Situation
+from chatterbox_deploy.report import situation
+from chatterbox_deploy.report.pins import Line
+from chatterbox_deploy.report.situation import FleetFile, Pin, Program, Situation
 
 MIB = 2**20
 SEED = Path(__file__).parents[2] / "docs/report/two-rtx-3090.xml"

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import charts
 from chatterbox_deploy.bench import aims, heard, loads, rate_search
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import BenchmarkError, FleetFileError, UnknownInstance
 from chatterbox_deploy.fleet import resolve
+from chatterbox_deploy.report import charts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

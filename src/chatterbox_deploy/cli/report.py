@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import config, fleet, report, report_page, report_text, situation
+from chatterbox_deploy import config, fleet
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CaptureError
 from chatterbox_deploy.gpu import smi
 from chatterbox_deploy.host import LocalHost, save
-from chatterbox_deploy.investigate import investigate
-from chatterbox_deploy.situation import FleetFile
+from chatterbox_deploy.report import markdown, page, situation, summary
+from chatterbox_deploy.report.investigate import investigate
+from chatterbox_deploy.report.situation import FleetFile
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.report import Report
-    from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.report.situation import Situation
+    from chatterbox_deploy.report.summary import Report
 
 _DEFAULT = Path("fleet.toml")
 
@@ -52,7 +53,7 @@ def report_command(
     chosen = arguments.read_profile(profile_file)
     file = _read_fleet(fleet_file, by_default=capture is None)
     seen = investigate(LocalHost(), file) if capture is None else _read_capture(capture, file)
-    made = report.make(seen, chosen)
+    made = summary.make(seen, chosen)
     text = _written(made, style)
     if output is None:
         click.echo(text, nl=False)
@@ -84,4 +85,4 @@ def _read_capture(path: Path, file: FleetFile | None) -> Situation:
 def _written(made: Report, style: str) -> str:
     if style == "json":
         return json.dumps(made.as_json(), indent=2, ensure_ascii=False) + "\n"
-    return report_page.html(made) if style == "html" else report_text.markdown(made)
+    return page.html(made) if style == "html" else markdown.markdown(made)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from chatterbox_deploy import findings, proc, proposal
 from chatterbox_deploy.gpu import usage
-from chatterbox_deploy.reckoning import Reckoning, Share
+from chatterbox_deploy.report import findings, proc, proposal
+from chatterbox_deploy.report.reckoning import Reckoning, Share
 from chatterbox_deploy.sizing import profile
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.findings import Finding
     from chatterbox_deploy.gpu.cards import Card
-    from chatterbox_deploy.proposal import Proposal
-    from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.report.findings import Finding
+    from chatterbox_deploy.report.proposal import Proposal
+    from chatterbox_deploy.report.situation import Situation
     from chatterbox_deploy.sizing.profile import Profile
 
 

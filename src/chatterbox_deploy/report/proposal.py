@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import amend, config, reckoning
+from chatterbox_deploy import config
 from chatterbox_deploy.errors import FleetFileError
-from chatterbox_deploy.reckoning import Layout, Share
+from chatterbox_deploy.report import amend, reckoning
+from chatterbox_deploy.report.reckoning import Layout, Share
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from chatterbox_deploy.config import FleetConfig
-    from chatterbox_deploy.reckoning import Reckoning
-    from chatterbox_deploy.situation import FleetFile, Program, Situation
+    from chatterbox_deploy.report.reckoning import Reckoning
+    from chatterbox_deploy.report.situation import FleetFile, Program, Situation
 
 FIRST_PORT = 6093
 FRONT_PORT = 6095

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from chatterbox_deploy import gpu_words
 from chatterbox_deploy.gpu import usage
+from chatterbox_deploy.report import pins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from chatterbox_deploy.gpu.cards import Card, Process
-    from chatterbox_deploy.situation import Program, Situation
+    from chatterbox_deploy.report.situation import Program, Situation
 
 Severity = Literal["high", "medium", "low"]
 
@@ -132,7 +132,7 @@ def _one_gpu_takes_all(situation: Situation) -> Iterator[Finding]:
 
 
 def _pinned_to_one(situation: Situation) -> Iterator[Finding]:
-    targets = [gpu_words.pinned_to(pin.visible, situation.cards) for pin in situation.pins]
+    targets = [pins.pinned_to(pin.visible, situation.cards) for pin in situation.pins]
     free = [each for each in _speaking(situation) if each.environment_read and each.visible is None]
     if len(situation.cards) < 2 or not targets or free or len(set(targets)) != 1 or targets[0] is None:
         return

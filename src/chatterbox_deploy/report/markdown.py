@@ -10,10 +10,10 @@ from chatterbox_deploy.gpu import usage
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from chatterbox_deploy.findings import Finding
     from chatterbox_deploy.gpu.cards import Card
-    from chatterbox_deploy.proposal import Proposal
-    from chatterbox_deploy.report import Gpu, Report
+    from chatterbox_deploy.report.findings import Finding
+    from chatterbox_deploy.report.proposal import Proposal
+    from chatterbox_deploy.report.summary import Gpu, Report
 
 UNKNOWN = "-"
 

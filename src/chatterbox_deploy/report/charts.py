@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from chatterbox_deploy.report import Curve, Gpu
+    from chatterbox_deploy.report.summary import Curve, Gpu
 
 INK, GRID, PAPER = "#000001", "#000002", "#000003"
 FIRST, SECOND = "#000004", "#000005"

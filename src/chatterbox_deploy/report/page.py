@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup, escape
 
-from chatterbox_deploy import __version__, charts, report_text
+from chatterbox_deploy import __version__
 from chatterbox_deploy.gpu import usage
+from chatterbox_deploy.report import charts, markdown
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.report import Gpu, Report
+    from chatterbox_deploy.report.summary import Gpu, Report
 
 
 def html(report: Report) -> str:
@@ -21,7 +22,7 @@ def html(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    text = resources.files("chatterbox_deploy").joinpath("report.html.j2").read_text(encoding="utf-8")
+    text = resources.files("chatterbox_deploy.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     proposal, traffic = report.proposal, report.situation.traffic
     return environment.from_string(text).render(
         version=__version__,
@@ -29,12 +30,12 @@ def html(report: Report) -> str:
         situation=report.situation,
         proposal=proposal,
         tiles=_tiles(report),
-        gpus=[(gpu, _meters(gpu), report_text.facts(gpu.card)) for gpu in report.gpus],
-        memory_sentence=report_text.memory_sentence(report),
-        gain_sentences=() if proposal is None else map(_with_code, report_text.gain_sentences(proposal)),
+        gpus=[(gpu, _meters(gpu), markdown.facts(gpu.card)) for gpu in report.gpus],
+        memory_sentence=markdown.memory_sentence(report),
+        gain_sentences=() if proposal is None else map(_with_code, markdown.gain_sentences(proposal)),
         with_code=_with_code,
         size=lambda size_bytes: "-" if size_bytes is None else usage.mebibytes(size_bytes),
-        percent=report_text.percent,
+        percent=markdown.percent,
         share_of=usage.share_of,
         diff_class=_diff_class,
         charts_there=charts.available(),

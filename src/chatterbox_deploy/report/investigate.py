@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import gpu_words, nginx, observe, proc, render, situation, systemd
+from chatterbox_deploy import nginx, observe, render, systemd
 from chatterbox_deploy.errors import CaptureError, CommandFailed
 from chatterbox_deploy.gpu import nvml, smi
-from chatterbox_deploy.situation import Pin, Program, Situation, short_name
+from chatterbox_deploy.report import pins, proc, situation
+from chatterbox_deploy.report.situation import Pin, Program, Situation, short_name
 from chatterbox_deploy.survey import ANSWER_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Instance
     from chatterbox_deploy.gpu.cards import Card, Process
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.situation import FleetFile
+    from chatterbox_deploy.report.situation import FleetFile
 
 TIMEOUT_S = 30.0
 WATCH_S = 1.0
@@ -73,7 +74,7 @@ def investigate(
         told_by=told_by,
         taken=host.now().strftime("%Y-%m-%d %H:%M UTC"),
         programs=programs,
-        code=tuple(line for path, text in texts.items() for line in gpu_words.find(text, str(path))),
+        code=tuple(line for path, text in texts.items() for line in pins.find(text, str(path))),
         pins=tuple(_pins(host, programs.values())),
         upstreams=tuple(block for path, text in configuration.items() for block in nginx.find_blocks(text, path)),
         traffic=None if said is None else nginx.read_log(said),

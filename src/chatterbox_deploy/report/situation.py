@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import proc
+from chatterbox_deploy.report import proc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.gpu.smi import Capture
-    from chatterbox_deploy.gpu_words import Line
     from chatterbox_deploy.nginx import Block, Traffic
-    from chatterbox_deploy.proc import Kind
+    from chatterbox_deploy.report.pins import Line
+    from chatterbox_deploy.report.proc import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from chatterbox_deploy.gpu.cards import Card
-    from chatterbox_deploy.situation import Situation
+    from chatterbox_deploy.report.situation import Situation
     from chatterbox_deploy.sizing.advice import Advice
     from chatterbox_deploy.sizing.profile import Profile
 
