@@ -9,10 +9,11 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from chatterbox_deploy import exposition, fleet, gauges, monitor
-from chatterbox_deploy.conditions import Limits
+from chatterbox_deploy import exposition, fleet
 from chatterbox_deploy.gpu.cards import Card
-from chatterbox_deploy.monitor import Look, Story
+from chatterbox_deploy.monitor import following, gauges
+from chatterbox_deploy.monitor.conditions import Limits
+from chatterbox_deploy.monitor.story import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness
 from chatterbox_server.metrics import Gauges, Metrics
@@ -78,7 +79,7 @@ def told_by_the_monitor() -> exposition.Exposition:
     )
     story = Story()
     for at_s in (0.0, 2.0):
-        story = monitor.follow(story, replace(look, found=replace(found, monotonic_s=at_s)), resolved, Limits())
+        story = following.follow(story, replace(look, found=replace(found, monotonic_s=at_s)), resolved, Limits())
     assert story.picture is not None
     read = exposition.parse(exposition.write(gauges.of(story.picture)))
     assert read is not None
@@ -117,7 +118,7 @@ def test_the_monitor_reads_what_the_server_writes() -> None:
         look = Look(
             time=datetime.now(UTC), found=replace(found, monotonic_s=float(at_s)), counts={"gpu0": told}, requests=()
         )
-        story = monitor.follow(story, look, resolved, Limits())
+        story = following.follow(story, look, resolved, Limits())
     assert story.picture is not None
     row = story.picture.instances[0]
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import conditions, config, exposition, fleet, gauges, monitor, nginx, systemd
+from chatterbox_deploy import config, exposition, fleet, nginx, systemd
 from chatterbox_deploy.cli import monitor_view
-from chatterbox_deploy.conditions import Limits
 from chatterbox_deploy.gpu.cards import Card
-from chatterbox_deploy.monitor import Look, Story
+from chatterbox_deploy.monitor import conditions, curves, following, gauges
+from chatterbox_deploy.monitor.conditions import Limits
+from chatterbox_deploy.monitor.story import Look, Story
 from chatterbox_deploy.nginx import Request
 from chatterbox_deploy.status import Found, Readiness, Unit
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chatterbox_deploy.exposition import Exposition
-    from chatterbox_deploy.picture import Picture
+    from chatterbox_deploy.monitor.picture import Picture
 
 FLEET = fleet.resolve(config.load("[gpus]\n0 = 6093\n1 = 6094\n[server]\nqueue_size = 4\n", source="f"))
 BEGIN = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
@@ -84,7 +85,7 @@ def look(at_s: float = 0, **changes: Any) -> Look:
 def follow(*looks: Look, allowed: Limits | None = None) -> Story:
     story = Story()
     for each in looks:
-        story = monitor.follow(story, each, FLEET, allowed or Limits())
+        story = following.follow(story, each, FLEET, allowed or Limits())
     return story
 
 
@@ -98,7 +99,7 @@ def told(*looks: Look, allowed: Limits | None = None) -> list[list[str]]:
     """What each look says that the one before did not."""
     story, said = Story(), []
     for each in looks:
-        story = monitor.follow(story, each, FLEET, allowed or Limits())
+        story = following.follow(story, each, FLEET, allowed or Limits())
         assert story.picture is not None
         said.append([f"{event.phase} {event.severity} {event.about}: {event.text}" for event in story.picture.new])
     return said
@@ -356,9 +357,9 @@ def test_a_curve_has_the_mean_of_each_part_and_gaps_where_nothing_is_known() -> 
     values = [10.0, 30.0, None, 50.0]
     looks = [look(10 * n, cards=(replace(CARD, utilisation_percent=each),)) for n, each in enumerate(values)]
 
-    assert monitor.curve(follow(*looks), "gpu 0", cells=4, span_s=40) == (10, 30, None, 50)
-    assert monitor.curve(follow(*looks), "gpu 0", cells=3, span_s=60) == (None, 20, 50)
-    assert monitor.curve(follow(*looks), "gpu 7", cells=2, span_s=60) == (None, None)
+    assert curves.curve(follow(*looks), "gpu 0", cells=4, span_s=40) == (10, 30, None, 50)
+    assert curves.curve(follow(*looks), "gpu 0", cells=3, span_s=60) == (None, 20, 50)
+    assert curves.curve(follow(*looks), "gpu 7", cells=2, span_s=60) == (None, None)
 
 
 # For other programs

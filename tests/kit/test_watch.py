@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import config, facts, monitor, survey, watch
+from chatterbox_deploy import config, facts, survey
 from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.monitor import watch
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from chatterbox_deploy.gpu.cards import Card
+    from chatterbox_deploy.monitor.story import Look
 
 LOG = "/var/log/nginx/chatterbox-tts.access.log"
 NOBODY = 16_093
@@ -81,7 +83,7 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
-def statuses(look: monitor.Look) -> list[int] | None:
+def statuses(look: Look) -> list[int] | None:
     return None if look.requests is None else [request.status for request in look.requests]
 
 

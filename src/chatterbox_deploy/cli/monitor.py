@@ -21,23 +21,24 @@ import click
 from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
-from chatterbox_deploy import conditions, exposition, gauges, monitor
+from chatterbox_deploy import exposition
 from chatterbox_deploy.blueprint import want
 from chatterbox_deploy.cli import arguments, monitor_view, telling
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import LocalHost
+from chatterbox_deploy.monitor import conditions, following, gauges
+from chatterbox_deploy.monitor.story import Story
+from chatterbox_deploy.monitor.watch import Watch
 from chatterbox_deploy.render import RenderedFile
-from chatterbox_deploy.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chatterbox_deploy.conditions import Limits
     from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.fleet import Fleet
-    from chatterbox_deploy.monitor import Story
-    from chatterbox_deploy.picture import Picture
+    from chatterbox_deploy.monitor.conditions import Limits
+    from chatterbox_deploy.monitor.picture import Picture
 
 CSV_HEADER = ("time", "about", "name", "quantity", "value")
 
@@ -168,7 +169,7 @@ class _Session:
     allowed: Limits
     outputs: list[Callable[[Picture], None]]
     interval_s: float
-    story: Story = monitor.Story()  # noqa: RUF009  frozen
+    story: Story = Story()  # noqa: RUF009  frozen
 
     def look(self, *, show: bool = True) -> Picture:
         """One more; what it saw goes to the files unless it is not to ``show``."""
@@ -182,7 +183,7 @@ class _Session:
             notes.append(f"shown as the fleet file was before: {' '.join(str(error).split())}")
         look = self.watch.look()
         look = replace(look, notes=(*look.notes, *notes))
-        self.story = monitor.follow(self.story, look, self.fleet, self.allowed)
+        self.story = following.follow(self.story, look, self.fleet, self.allowed)
         assert self.story.picture is not None  # noqa: S101  there is one after every look
         for write in self.outputs if show else ():
             write(self.story.picture)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from rich.cells import cell_len
 from rich.text import Text
 
-from chatterbox_deploy import monitor
-from chatterbox_deploy.picture import FRONT, WINDOW_S
+from chatterbox_deploy.monitor.curves import curve
+from chatterbox_deploy.monitor.picture import FRONT, WINDOW_S
 from chatterbox_deploy.status import GAP, duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from chatterbox_deploy.monitor import Story
-    from chatterbox_deploy.picture import Event, Front, FrontRow, GpuRow, InstanceRow, Picture
+    from chatterbox_deploy.monitor.picture import Event, Front, FrontRow, GpuRow, InstanceRow, Picture
+    from chatterbox_deploy.monitor.story import Story
 
 Row = TypeVar("Row")
 
@@ -186,7 +186,7 @@ class _Curves:
 
     def draw(self, name: str, top: float | None = None) -> str:
         """``top`` is the full height; by default the greatest value there is."""
-        values = monitor.curve(self._story, name, cells=CURVE_CELLS, span_s=CURVE_S)
+        values = curve(self._story, name, cells=CURVE_CELLS, span_s=CURVE_S)
         highest = top or max((value for value in values if value is not None), default=0)
         return "".join(" " if value is None else self._level(value, highest) for value in values)
 

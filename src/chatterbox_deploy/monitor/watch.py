@@ -10,9 +10,10 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import exposition, monitor, nginx, observe
+from chatterbox_deploy import exposition, nginx, observe
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.picture import WINDOW_S
+from chatterbox_deploy.monitor.picture import WINDOW_S
+from chatterbox_deploy.monitor.story import Look
 from chatterbox_deploy.survey import ANSWER_TIMEOUT_S, survey
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Watch:
         """The fleet file has changed: from now on that is the fleet."""
         self._wanted = wanted
 
-    def look(self) -> monitor.Look:
+    def look(self) -> Look:
         """All that can be known now, as root or not."""
         host, fleet = self._host, self._wanted.fleet
         notes: list[str] = []
@@ -58,7 +59,7 @@ class Watch:
             found = survey(host, fleet, self._wanted.files)
             counts = self._counts({name: found.places[name] for name, said in found.readiness.items() if said}, notes)
             requests = self._requests(notes)
-        return monitor.Look(
+        return Look(
             time=host.now(),
             found=found,
             counts=counts,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import systemd
-from chatterbox_deploy.picture import FRONT
+from chatterbox_deploy.monitor.picture import FRONT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatterbox_deploy.fleet import Fleet, Instance
-    from chatterbox_deploy.picture import Front, GpuRow, InstanceRow, Severity
+    from chatterbox_deploy.monitor.picture import Front, GpuRow, InstanceRow, Severity
 
 ADVISE = "chatterbox-deploy advise"
 

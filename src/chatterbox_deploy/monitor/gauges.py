@@ -6,12 +6,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy.exposition import Gauge
-from chatterbox_deploy.picture import WINDOW_S, rounded
+from chatterbox_deploy.monitor.picture import WINDOW_S, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from chatterbox_deploy.picture import InstanceRow, Picture
+    from chatterbox_deploy.monitor.picture import InstanceRow, Picture
 
 
 def cells(picture: Picture) -> Iterator[tuple[str, str, str, float | str | None]]:
