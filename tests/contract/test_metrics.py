@@ -15,7 +15,7 @@ from chatterbox_deploy.monitor import following, gauges
 from chatterbox_deploy.monitor.conditions import Limits
 from chatterbox_deploy.monitor.story import Look, Story
 from chatterbox_deploy.nginx import Request
-from chatterbox_deploy.status import Found, Readiness
+from chatterbox_deploy.status.found import Found, Readiness
 from chatterbox_server.metrics import Gauges, Metrics
 from support import golden
 

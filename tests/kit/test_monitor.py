@@ -16,7 +16,7 @@ from chatterbox_deploy.monitor import conditions, curves, following, gauges
 from chatterbox_deploy.monitor.conditions import Limits
 from chatterbox_deploy.monitor.story import Look, Story
 from chatterbox_deploy.nginx import Request
-from chatterbox_deploy.status import Found, Readiness, Unit
+from chatterbox_deploy.status.found import Found, Readiness, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

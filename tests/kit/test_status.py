@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from chatterbox_deploy import config, fleet, nginx, render, status, systemd
+from chatterbox_deploy import config, fleet, nginx, render, systemd
 from chatterbox_deploy.cli.status import show
-from chatterbox_deploy.status import Found, Readiness, Unit
+from chatterbox_deploy.status import rows
+from chatterbox_deploy.status.found import Found, Readiness, Unit, read_readiness, read_unit
+from chatterbox_deploy.status.table import duration, size
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chatterbox_deploy.fleet import Upstream
-    from chatterbox_deploy.status import Report, Row
+    from chatterbox_deploy.status.rows import Report, Row
 
 SOURCE = "/etc/chatterbox-tts/fleet.toml"
 TWO = "[gpus]\n0 = 6093\n1 = [6094]\n"
@@ -80,7 +82,7 @@ def report(found: Found, text: str = TWO) -> Report:
     def front(upstreams: Sequence[Upstream]) -> str:
         return render.front(resolved, Templates(), source=SOURCE, upstreams=upstreams)
 
-    return status.report(resolved, rendered(text), found, front=front)
+    return rows.report(resolved, rendered(text), found, front=front)
 
 
 def row(found: Found, name: str = "gpu1", text: str = TWO) -> Row:
@@ -129,7 +131,7 @@ gpu1      1    6094  active/running  ready  serving        2          1     340 
 def test_what_systemd_252_shows_is_told_row_by_row() -> None:
     text = "[gpus]\n0 = 6093\n1 = 6094\n2 = 6096\n3 = 6097\n4 = 6098\n5 = 6099\n[unit]\nrecycle_after_h = 24\n"
     found = as_it_should_be(text)
-    units = {unit["Id"]: status.read_unit(unit) for unit in systemd.parse_show(SHOWN)}
+    units = {unit["Id"]: read_unit(unit) for unit in systemd.parse_show(SHOWN)}
     asked = {name: units[systemd.unit_name(name)] for name in found.readiness}
     texts = {path: None if path.name == "chatterbox-tts-gpu4.service" else text for path, text in found.texts.items()}
     found = replace(
@@ -165,7 +167,7 @@ gpu5: systemd has not read its changed unit: systemctl daemon-reload
 
 
 def test_what_is_not_set_is_unknown_and_not_0() -> None:
-    shown = {unit["Id"]: status.read_unit(unit) for unit in systemd.parse_show(SHOWN)}
+    shown = {unit["Id"]: read_unit(unit) for unit in systemd.parse_show(SHOWN)}
 
     running, absent = shown["chatterbox-tts-gpu0.service"], shown["chatterbox-tts-gpu4.service"]
     assert (running.memory_bytes, running.active_at_s, running.main_pid) == (53_264_384, 26_793.032563, 475)
@@ -424,7 +426,7 @@ def test_json_has_every_row_and_null_where_nothing_is_known() -> None:
     ],
 )
 def test_readiness_is_read_from_what_a_server_of_any_version_tells(body: bytes, ready: bool) -> None:
-    said = status.read_readiness(body)
+    said = read_readiness(body)
 
     assert said is not None
     assert said.ready is ready
@@ -433,7 +435,7 @@ def test_readiness_is_read_from_what_a_server_of_any_version_tells(body: bytes, 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"status": "ok"}', b'{"ready": "yes"}', b"\xff"])
 def test_what_is_no_answer_of_ours_is_no_readiness(body: bytes) -> None:
-    assert status.read_readiness(body) is None
+    assert read_readiness(body) is None
 
 
 @pytest.mark.parametrize(
@@ -450,11 +452,11 @@ def test_what_is_no_answer_of_ours_is_no_readiness(body: bytes) -> None:
     ],
 )
 def test_a_duration_is_short_and_says_enough(seconds: float | None, said: str) -> None:
-    assert status.duration(seconds) == said
+    assert duration(seconds) == said
 
 
 @pytest.mark.parametrize(
     ("count", "said"), [(None, "-"), (0, "0 MB"), (126_000_000, "126 MB"), (4_060_000_000, "4.1 GB")]
 )
 def test_a_size_is_short_and_says_enough(count: int | None, said: str) -> None:
-    assert status.size(count) == said
+    assert size(count) == said

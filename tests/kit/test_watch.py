@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import config, facts, survey
+from chatterbox_deploy import config, facts
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.monitor import watch
+from chatterbox_deploy.status import survey
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from chatterbox_deploy.monitor.curves import curve
 from chatterbox_deploy.monitor.picture import FRONT, WINDOW_S
-from chatterbox_deploy.status import GAP, duration
+from chatterbox_deploy.status.table import GAP, duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -11,17 +11,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chatterbox_deploy import status
 from chatterbox_deploy.blueprint import want
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.host import LocalHost
-from chatterbox_deploy.survey import survey
+from chatterbox_deploy.status import rows
+from chatterbox_deploy.status.survey import survey
+from chatterbox_deploy.status.table import GAP, WRONG, fitting, table_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from chatterbox_deploy.status import Column, Report
+    from chatterbox_deploy.status.rows import Report
+    from chatterbox_deploy.status.table import Column
 
 _COLOURS = {
     "ready": "green", "serving": "green", "active/running": "green",
@@ -50,7 +52,7 @@ def status_command(*, fleet_file: Path, as_json: bool, own_templates: Path | Non
     """
     host = LocalHost()
     asked = want(arguments.read_blueprint(host, fleet_file, own_templates))
-    report = status.report(asked.fleet, asked.files, survey(host, asked.fleet, asked.files), front=asked.front)
+    report = rows.report(asked.fleet, asked.files, survey(host, asked.fleet, asked.files), front=asked.front)
     if as_json:
         click.echo(json.dumps(report.as_json(), indent=2))
     else:
@@ -64,16 +66,16 @@ def status_command(*, fleet_file: Path, as_json: bool, own_templates: Path | Non
 
 def show(report: Report, console: Console, *, width: int | None) -> None:
     """Print the table and the last line; ``None`` for a pipe, whose lines may be as long as they need."""
-    columns = status.fitting(report.rows, width)
-    used = status.table_width(columns, report.rows)
+    columns = fitting(report.rows, width)
+    used = table_width(columns, report.rows)
     wrong = [*report.wrong]
-    beside = any(row.wrong for row in report.rows) and (width is None or width - used - status.GAP >= _WRONG_WIDTH)
+    beside = any(row.wrong for row in report.rows) and (width is None or width - used - GAP >= _WRONG_WIDTH)
     if beside:
-        columns = (*columns, status.WRONG)
+        columns = (*columns, WRONG)
     else:
         wrong = [*(f"{row.instance}: {said}" for row in report.rows for said in row.wrong), *wrong]
     if width is None:
-        console.width = max(status.table_width(columns, report.rows), 1)
+        console.width = max(table_width(columns, report.rows), 1)
     console.print(_table(columns, report))
     for line in wrong:
         console.print(Text(line), soft_wrap=True)
@@ -81,9 +83,9 @@ def show(report: Report, console: Console, *, width: int | None) -> None:
 
 
 def _table(columns: Sequence[Column], report: Report) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, status.GAP, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
     for column in columns:
-        last = column is status.WRONG
+        last = column is WRONG
         table.add_column(
             column.title,
             justify="right" if column.is_number else "left",

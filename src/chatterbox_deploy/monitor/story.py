@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.monitor.picture import Event, Picture
     from chatterbox_deploy.nginx import Request
-    from chatterbox_deploy.status import Found
+    from chatterbox_deploy.status.found import Found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from chatterbox_deploy import exposition, nginx, observe
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.monitor.picture import WINDOW_S
 from chatterbox_deploy.monitor.story import Look
-from chatterbox_deploy.survey import ANSWER_TIMEOUT_S, survey
+from chatterbox_deploy.status.survey import ANSWER_TIMEOUT_S, survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -17,7 +17,7 @@ from chatterbox_deploy.errors import CaptureError, CommandFailed
 from chatterbox_deploy.gpu import nvml, smi
 from chatterbox_deploy.report import pins, proc, situation
 from chatterbox_deploy.report.situation import Pin, Program, Situation, short_name
-from chatterbox_deploy.survey import ANSWER_TIMEOUT_S
+from chatterbox_deploy.status.survey import ANSWER_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -7,8 +7,10 @@ from itertools import chain
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import render, status, systemd
+from chatterbox_deploy import render, systemd
 from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.status import rows
+from chatterbox_deploy.status.found import PROPERTIES, Found, read_readiness, read_unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.render import RenderedFile
-    from chatterbox_deploy.status import Found, Readiness, Unit
+    from chatterbox_deploy.status.found import Readiness, Unit
     from chatterbox_deploy.systemd import Mark
 
 SHOW_TIMEOUT_S = 30.0
@@ -30,15 +32,15 @@ def survey(host: Host, fleet: Fleet, wanted: Iterable[RenderedFile]) -> Found:
     units = _units(host, [path.name for path in texts if path.parent == render.UNIT_DIR])
     running = {} if units is None else _running(host, units)
     places: dict[str, tuple[str, int]] = {}
-    for name, unit_name in status.instance_units(fleet, texts, units or ()).items():
-        place = status.address(fleet, texts.get(render.UNIT_DIR / unit_name), running.get(unit_name), name)
+    for name, unit_name in rows.instance_units(fleet, texts, units or ()).items():
+        place = rows.address(fleet, texts.get(render.UNIT_DIR / unit_name), running.get(unit_name), name)
         if place is not None and fleet.service.speaks_notify:
             places[name] = place
     # All at once, so that those that hang are waited for together.
     with ThreadPoolExecutor(len(places) + 1) as pool:
         front = pool.submit(_front_answers, host, fleet)
         asked = {name: pool.submit(_readiness, host, *place) for name, place in places.items()}
-    return status.Found(
+    return Found(
         units=units,
         texts=texts,
         running=running,
@@ -63,12 +65,12 @@ def _texts(host: Host, wanted: Iterable[RenderedFile]) -> dict[PurePosixPath, st
 
 def _units(host: Host, names: list[str]) -> dict[str, Unit] | None:
     # The glob is for what runs though its file is gone.
-    argv = systemd.show_argv([*names, systemd.NGINX_UNIT, "chatterbox-tts-*.service"], status.PROPERTIES)
+    argv = systemd.show_argv([*names, systemd.NGINX_UNIT, "chatterbox-tts-*.service"], PROPERTIES)
     try:
         shown = host.run(argv, timeout_s=SHOW_TIMEOUT_S).stdout
     except CommandFailed:
         return None
-    return {unit["Id"]: status.read_unit(unit) for unit in systemd.parse_show(shown) if "Id" in unit}
+    return {unit["Id"]: read_unit(unit) for unit in systemd.parse_show(shown) if "Id" in unit}
 
 
 def _running(host: Host, units: Mapping[str, Unit]) -> dict[str, Mark | None]:
@@ -88,7 +90,7 @@ def _running(host: Host, units: Mapping[str, Unit]) -> dict[str, Mark | None]:
 
 def _readiness(host: Host, address: str, port: int) -> Readiness | None:
     answer = host.request("GET", f"http://{address}:{port}/readyz", timeout_s=ANSWER_TIMEOUT_S)
-    return None if answer is None else status.read_readiness(answer.body)
+    return None if answer is None else read_readiness(answer.body)
 
 
 def _front_answers(host: Host, fleet: Fleet) -> bool:

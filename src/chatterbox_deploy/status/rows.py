@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_deploy import nginx, render, systemd
+from chatterbox_deploy.status.found import Unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,132 +14,12 @@ if TYPE_CHECKING:
 
     from chatterbox_deploy.fleet import Fleet, Instance, Upstream
     from chatterbox_deploy.render import RenderedFile
+    from chatterbox_deploy.status.found import Found, Readiness
     from chatterbox_deploy.systemd import Mark
 
 
 APPLY = "chatterbox-deploy apply"
 PLAN = "chatterbox-deploy plan"
-
-PROPERTIES = (
-    "Id", "LoadState", "ActiveState", "SubState", "Result", "NRestarts", "MainPID", "InvocationID", "ExecMainStatus",
-    "MemoryCurrent", "ActiveEnterTimestampMonotonic", "NeedDaemonReload", "UnitFileState",
-)  # fmt: skip
-"""What to ask ``systemctl show`` for (org.freedesktop.systemd1(5))."""
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What systemd tells of a unit."""
-
-    load: str = "not-found"
-    active: str = "inactive"
-    sub: str = "dead"
-    result: str = "success"
-    file_state: str = ""
-    """``enabled``, ``static``, …; empty where there is no file."""
-
-    restarts: int | None = None
-    main_pid: int | None = None
-    exit_status: int | None = None
-    """Of the last process that ended."""
-
-    memory_bytes: int | None = None
-    active_at_s: float | None = None
-    """On the host's monotonic clock (CLOCK_MONOTONIC)."""
-
-    invocation_id: str = ""
-    needs_reload: bool = False
-    """Whether its file changed after systemd had read it."""
-
-
-def read_unit(properties: Mapping[str, str]) -> Unit:
-    """One unit as ``systemctl show`` printed it; a number that is ``[not set]``, or 0 where 0 means none, is None."""
-
-    def number(name: str) -> int | None:
-        text = properties.get(name, "")
-        return int(text) if text.isdigit() else None
-
-    entered_us = number("ActiveEnterTimestampMonotonic")
-    return Unit(
-        load=properties.get("LoadState", ""),
-        active=properties.get("ActiveState", ""),
-        sub=properties.get("SubState", ""),
-        result=properties.get("Result", ""),
-        file_state=properties.get("UnitFileState", ""),
-        restarts=number("NRestarts"),
-        main_pid=number("MainPID") or None,
-        exit_status=number("ExecMainStatus"),
-        memory_bytes=number("MemoryCurrent"),
-        active_at_s=entered_us / 1e6 if entered_us else None,
-        invocation_id=properties.get("InvocationID", ""),
-        needs_reload=properties.get("NeedDaemonReload") == "yes",
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """What a server of ours says of itself at ``/readyz``."""
-
-    ready: bool
-    draining: bool
-    waiting: int | None
-    running: int | None
-    spoken: int | None
-    gpu_memory_bytes: int | None
-    """Held by its process, as of its last utterance."""
-
-    invocation_id: str | None
-
-
-def read_readiness(body: bytes) -> Readiness | None:
-    """What ``/readyz`` answered; ``None`` if no server of ours speaks so."""
-    try:
-        said = json.loads(body)
-    except ValueError:
-        return None
-    if not isinstance(said, dict) or not isinstance(said.get("ready"), bool):
-        return None
-
-    def number(value: object) -> int | None:
-        return value if isinstance(value, int) else None
-
-    memory = said.get("gpu_memory")
-    life = said.get("invocation_id")
-    return Readiness(
-        ready=said["ready"],
-        draining=said.get("draining") is True,
-        waiting=number(said.get("waiting")),
-        running=number(said.get("running")),
-        spoken=number(said.get("spoken")),
-        gpu_memory_bytes=number(memory.get("reserved_bytes")) if isinstance(memory, dict) else None,
-        invocation_id=life if isinstance(life, str) else None,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a host told when it was asked."""
-
-    units: Mapping[str, Unit] | None
-    """By name; ``None`` where no systemd answers."""
-
-    texts: Mapping[PurePosixPath, str | None]
-    """Of files that are wanted or have a name that we give to files; ``None`` is not there, and a path that is
-    missing here could not be read."""
-
-    running: Mapping[str, Mark | None] = field(default_factory=dict)
-    """By unit: the mark in its process's environment, where that could be read; ``None`` where it has none."""
-
-    places: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    """Address and port by instance that tells how it is."""
-
-    readiness: Mapping[str, Readiness | None] = field(default_factory=dict)
-    """By instance that was asked; ``None`` where nobody of ours answered."""
-
-    front_answers: bool | None = None
-    """Whether the front's address answers; ``None`` if it was not asked."""
-
-    monotonic_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,76 +358,3 @@ def _outdated_files(fleet: Fleet, wanted: Sequence[RenderedFile], found: Found) 
         elif systemd.digest(text) != systemd.digest(file.text):
             outdated.append((file.path, f"is not as the fleet file asks: {PLAN}"))
     return outdated
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of the table."""
-
-    title: str
-    cell: Callable[[Row], str]
-    is_number: bool = False
-
-
-def _or_dash(value: object) -> str:
-    return "-" if value is None else str(value)
-
-
-COLUMNS = (
-    Column("instance", lambda row: row.instance),
-    Column("GPU", lambda row: "-" if row.gpus is None else ",".join(gpu[:12] for gpu in row.gpus)),
-    Column("port", lambda row: _or_dash(row.port), is_number=True),
-    Column("unit", lambda row: _or_dash(row.unit)),
-    Column("ready", lambda row: _or_dash(row.ready)),
-    Column("front", lambda row: _or_dash(row.front)),
-    Column("waiting", lambda row: _or_dash(row.waiting), is_number=True),
-    Column("in flight", lambda row: _or_dash(row.running), is_number=True),
-    Column("spoken", lambda row: _or_dash(row.spoken), is_number=True),
-    Column("restarts", lambda row: _or_dash(row.restarts), is_number=True),
-    Column("since", lambda row: duration(row.active_s), is_number=True),
-    Column("memory", lambda row: size(row.memory_bytes), is_number=True),
-    Column("GPU memory", lambda row: size(row.gpu_memory_bytes), is_number=True),
-)
-"""In the order of the table. What is wrong comes last, and is no column where the terminal is too narrow."""
-
-WRONG = Column("wrong", lambda row: "; ".join(row.wrong))
-
-_DISPENSABLE = ("spoken", "GPU memory", "memory", "since", "in flight", "waiting", "restarts", "GPU", "front")
-"""Columns that a narrow terminal does without, the first one first."""
-
-GAP = 2
-"""Spaces between columns."""
-
-
-def fitting(rows: Sequence[Row], width: int | None) -> tuple[Column, ...]:
-    """The columns for which a terminal of so many cells has room; all for ``None``."""
-    columns = list(COLUMNS)
-    for title in _DISPENSABLE:
-        if width is None or table_width(columns, rows) <= width:
-            break
-        columns = [column for column in columns if column.title != title]
-    return tuple(columns)
-
-
-def table_width(columns: Sequence[Column], rows: Sequence[Row]) -> int:
-    """Cells of the longest line."""
-    widths = (max(len(text) for text in (column.title, *map(column.cell, rows))) for column in columns)
-    return sum(widths) + GAP * (len(columns) - 1)
-
-
-def duration(seconds: float | None) -> str:
-    """``42s``, ``5m``, ``3h``, ``12d``: how long, at a glance."""
-    if seconds is None:
-        return "-"
-    for unit, name in ((86_400, "d"), (3600, "h"), (60, "m")):
-        # Two of a unit before the next one: "90m" says more than "1h".
-        if seconds >= 2 * unit:
-            return f"{int(seconds // unit)}{name}"
-    return f"{int(max(0, seconds))}s"
-
-
-def size(count: int | None) -> str:
-    """Bytes as ``126 MB`` or ``4.1 GB``."""
-    if count is None:
-        return "-"
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
