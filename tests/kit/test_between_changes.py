@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import blueprint, deploy, draining, image, ledger, recycling, removal, render, systemd
-from chatterbox_deploy.deploy import Author, WentBack
+from chatterbox_deploy import render, systemd
+from chatterbox_deploy.change import blueprint, deploy, draining, image, ledger, recycling, removal
+from chatterbox_deploy.change.deploy import Author, WentBack
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.render import RenderedFile
@@ -19,8 +20,8 @@ from support.scripted import Killed, ScriptedHost, scripted_host
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from chatterbox_deploy.deploy import Proposal
-    from chatterbox_deploy.steps import Step
+    from chatterbox_deploy.change.deploy import Proposal
+    from chatterbox_deploy.change.steps import Step
 
 ADA = Author("ada", "chatterbox-deploy apply")
 TWO = {"gpus": {"0": 6100, "1": 6101}}

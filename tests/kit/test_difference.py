@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-from chatterbox_deploy import difference, render
+from chatterbox_deploy import render
+from chatterbox_deploy.change import difference
 from chatterbox_deploy.render import RenderedFile
 
 HEADER = render.header("/etc/fleet.toml") + "\n"

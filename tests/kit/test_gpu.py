@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from chatterbox_deploy import config, fleet, observe
+from chatterbox_deploy import config, fleet
+from chatterbox_deploy.change import observe
+from chatterbox_deploy.change.ledger import Ledger
 from chatterbox_deploy.gpu import query
 from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
-from chatterbox_deploy.ledger import Ledger
 from chatterbox_deploy.sizing import capacity
 from support.scripted import scripted_host
 

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import apply, config, facts, observe, plan, render, systemd
-from chatterbox_deploy.facts import HostState, MpsState, UnitState
-from chatterbox_deploy.ledger import Ledger
-from chatterbox_deploy.steps import PointLink
+from chatterbox_deploy import config, render, systemd
+from chatterbox_deploy.change import apply, facts, observe, plan
+from chatterbox_deploy.change.facts import HostState, MpsState, UnitState
+from chatterbox_deploy.change.ledger import Ledger
+from chatterbox_deploy.change.steps import PointLink
 from chatterbox_deploy.templates import Templates
 from support.scripted import scripted_host
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.facts import Wanted
-    from chatterbox_deploy.plan import Plan
+    from chatterbox_deploy.change.facts import Wanted
+    from chatterbox_deploy.change.plan import Plan
 
 ONE = "[gpus]\n0 = 6093\n"
 TWO = "[gpus]\n0 = 6093\n1 = 6094\n"

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from chatterbox_deploy import apply, blueprint, deploy, draining, facts, ledger, observe, plan, removal, render, systemd
-from chatterbox_deploy.deploy import Author, Proposal, WentBack
-from chatterbox_deploy.difference import Change
+from chatterbox_deploy import render, systemd
+from chatterbox_deploy.change import apply, blueprint, deploy, draining, facts, ledger, observe, plan, removal
+from chatterbox_deploy.change.deploy import Author, Proposal, WentBack
+from chatterbox_deploy.change.difference import Change
+from chatterbox_deploy.change.steps import Run, ShowFront, StartUnits, StopUnits, WriteFiles
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import MPS_PROGRAM, Upstream
 from chatterbox_deploy.render import RenderedFile
-from chatterbox_deploy.steps import Run, ShowFront, StartUnits, StopUnits, WriteFiles
 from support import fleets
 from support.fleets import Pair
 from support.scripted import Killed, ScriptedHost, scripted_host
@@ -29,8 +30,8 @@ from support.scripted import Killed, ScriptedHost, scripted_host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chatterbox_deploy.blueprint import Blueprint
-    from chatterbox_deploy.steps import Step
+    from chatterbox_deploy.change.blueprint import Blueprint
+    from chatterbox_deploy.change.steps import Step
     from support.scripted import Fault
 
 SOURCE = "/etc/chatterbox-tts/fleet.toml"

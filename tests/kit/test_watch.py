@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import config, facts
+from chatterbox_deploy import config
+from chatterbox_deploy.change import facts
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.monitor import watch
 from chatterbox_deploy.status import survey

@@ -30,7 +30,7 @@ from chatterbox_deploy.host import Answer, LocalHost, Piece, Ran
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from chatterbox_deploy.facts import Wanted
+    from chatterbox_deploy.change.facts import Wanted
     from chatterbox_deploy.render import RenderedFile
 
 START_S = 8.0

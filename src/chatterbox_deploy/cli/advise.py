@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from chatterbox_deploy import observe
+from chatterbox_deploy.change import observe
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from chatterbox_deploy import blueprint, config, fleet
+from chatterbox_deploy import config, fleet
+from chatterbox_deploy.change import blueprint
 from chatterbox_deploy.errors import CommandFailed, FleetFileError, ProfileError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.sizing import profile
@@ -17,7 +18,7 @@ from chatterbox_deploy.templates import Templates, read_own
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from chatterbox_deploy.blueprint import Blueprint
+    from chatterbox_deploy.change.blueprint import Blueprint
     from chatterbox_deploy.config import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Instance
     from chatterbox_deploy.sizing.profile import Profile

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from chatterbox_deploy import blueprint, draining, fleet, ledger
+from chatterbox_deploy import fleet
+from chatterbox_deploy.change import blueprint, draining, ledger
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.host import LocalHost
 

@@ -22,7 +22,7 @@ from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 
 from chatterbox_deploy import exposition
-from chatterbox_deploy.blueprint import want
+from chatterbox_deploy.change.blueprint import want
 from chatterbox_deploy.cli import arguments, monitor_view, telling
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.gpu import nvml
@@ -35,7 +35,7 @@ from chatterbox_deploy.render import RenderedFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from chatterbox_deploy.facts import Wanted
+    from chatterbox_deploy.change.facts import Wanted
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.monitor.conditions import Limits
     from chatterbox_deploy.monitor.picture import Picture

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import deploy, image, ledger
+from chatterbox_deploy.change import deploy, image, ledger
 from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.host import LocalHost
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.plan import Plan
+    from chatterbox_deploy.change.plan import Plan
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 UNAVAILABLE = click.option(

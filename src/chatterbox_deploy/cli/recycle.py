@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from chatterbox_deploy import blueprint, deploy, ledger, recycling
+from chatterbox_deploy.change import blueprint, deploy, ledger, recycling
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.plan import change
 from chatterbox_deploy.errors import CommandFailed

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import difference, ledger, observe, render, systemd
-from chatterbox_deploy.blueprint import want
+from chatterbox_deploy import render, systemd
+from chatterbox_deploy.change import difference, ledger, observe
+from chatterbox_deploy.change.blueprint import want
 from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.errors import CommandFailed, ForeignFile
 from chatterbox_deploy.host import LocalHost
@@ -19,7 +20,7 @@ from chatterbox_deploy.host import LocalHost
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from chatterbox_deploy.difference import Changes
+    from chatterbox_deploy.change.difference import Changes
     from chatterbox_deploy.fleet import Fleet
 
 

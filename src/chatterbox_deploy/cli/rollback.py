@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 import click
 
-from chatterbox_deploy import blueprint, deploy, ledger
+from chatterbox_deploy.change import blueprint, deploy, ledger
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.cli.plan import AS_JSON, UNAVAILABLE, change
 from chatterbox_deploy.host import LocalHost

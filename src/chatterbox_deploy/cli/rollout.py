@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 import click
 
-from chatterbox_deploy import blueprint, config, deploy, fleet, ledger
+from chatterbox_deploy import config, fleet
+from chatterbox_deploy.change import blueprint, deploy, ledger
 from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.cli.plan import UNAVAILABLE, change
 from chatterbox_deploy.errors import CommandFailed

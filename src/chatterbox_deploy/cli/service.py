@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import apply, fleet, render, systemd
+from chatterbox_deploy import fleet, render, systemd
+from chatterbox_deploy.change import apply
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chatterbox_deploy.blueprint import want
+from chatterbox_deploy.change.blueprint import want
 from chatterbox_deploy.cli import arguments
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.status import rows

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from chatterbox_deploy import deploy
-from chatterbox_deploy.deploy import Author
+from chatterbox_deploy.change import deploy
+from chatterbox_deploy.change.deploy import Author
+from chatterbox_deploy.change.steps import ShowFront, WriteFiles
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.steps import ShowFront, WriteFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from chatterbox_deploy.change.plan import Plan
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.plan import Plan
-    from chatterbox_deploy.steps import Step
 
 
 INTERRUPTED = 130

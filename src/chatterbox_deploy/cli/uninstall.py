@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from chatterbox_deploy import ledger, removal
+from chatterbox_deploy.change import ledger, removal
 from chatterbox_deploy.cli import telling
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost

@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import exposition, nginx, observe
+from chatterbox_deploy import exposition, nginx
+from chatterbox_deploy.change import observe
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.monitor.picture import WINDOW_S
 from chatterbox_deploy.monitor.story import Look
@@ -19,8 +20,8 @@ from chatterbox_deploy.status.survey import ANSWER_TIMEOUT_S, survey
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from chatterbox_deploy.change.facts import Wanted
     from chatterbox_deploy.exposition import Exposition
-    from chatterbox_deploy.facts import Wanted
     from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.nginx import Request

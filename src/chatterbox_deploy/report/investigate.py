@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import nginx, observe, render, systemd
+from chatterbox_deploy import nginx, render, systemd
+from chatterbox_deploy.change import observe
 from chatterbox_deploy.errors import CaptureError, CommandFailed
 from chatterbox_deploy.gpu import nvml, smi
 from chatterbox_deploy.report import pins, proc, situation

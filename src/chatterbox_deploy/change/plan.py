@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import difference, nginx, render, systemd
-from chatterbox_deploy.config import split_listen
-from chatterbox_deploy.fleet import MPS_PROGRAM, Upstream
-from chatterbox_deploy.sizing import capacity
-from chatterbox_deploy.steps import (
+from chatterbox_deploy import nginx, render, systemd
+from chatterbox_deploy.change import difference, obstacles
+from chatterbox_deploy.change.steps import (
     PointLink,
     Purge,
     RemoveFile,
@@ -24,15 +22,17 @@ from chatterbox_deploy.steps import (
     WaitReady,
     WriteFiles,
 )
+from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.fleet import Upstream
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
     from pathlib import PurePosixPath
 
-    from chatterbox_deploy.difference import Change
-    from chatterbox_deploy.facts import HostState, Wanted
+    from chatterbox_deploy.change.difference import Change
+    from chatterbox_deploy.change.facts import HostState, Wanted
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.render import RenderedFile
-    from chatterbox_deploy.steps import Step
     from chatterbox_deploy.systemd import Mark
 
 
@@ -89,7 +89,7 @@ def plan(
     and no file but theirs and the front. Those to start ``last`` are not waited for by the others.
     """
     compared = difference.compare(wanted.files, state.files)
-    if problems := _problems(wanted, state, compared.foreign):
+    if problems := obstacles.find(wanted, state, compared.foreign):
         return Plan(problems=tuple(problems))
     work = _Work(
         wanted,
@@ -159,47 +159,6 @@ def _forget_failure(*units: str) -> Run:
 
 def _unit_path(name: str) -> PurePosixPath:
     return render.UNIT_DIR / systemd.unit_name(name)
-
-
-def foreign(path: PurePosixPath) -> str:
-    """Why a file that others wrote stops a plan."""
-    return f"{path}: chatterbox-deploy did not write it, and writes over nothing of others; move it away"
-
-
-def _problems(wanted: Wanted, state: HostState, foreign_files: Iterable[PurePosixPath]) -> list[str]:
-    """Everything that would stop a plan halfway, found before it begins."""
-    # By instances of ours, which make way.
-    held = {
-        unit.running.port
-        for name, unit in state.instances.items()
-        if unit.running is not None and render.is_ours(state.files.get(_unit_path(name), render.header("")))
-    }
-    problems = [foreign(path) for path in foreign_files]
-    problems += [
-        f"{instance.name}: something else listens on its port {instance.port}; "
-        f"`ss -tlnp sport = :{instance.port}` names it"
-        for instance in wanted.fleet.instances
-        if instance.port in state.listening - held
-    ]
-    front_port = split_listen(wanted.fleet.front.listen)[1]
-    problems += [
-        f"nginx.listen: {name} still listens on port {front_port}; apply its new port first, and then the new listen"
-        for name, unit in state.instances.items()
-        if unit.running is not None and unit.running.port == front_port
-    ]
-    problems += [
-        f"nginx.listen: {program} already listens on port {port}; `ss -tlnp sport = :{port}` shows it"
-        for port, program in sorted(state.strangers.items())
-    ]
-    problems += [f"{name}: missing; {_CURES.get(name, 'the fleet needs it')}" for name in sorted(state.missing)]
-    return problems + capacity.problems(wanted.fleet, state.gpus, state.cpus)
-
-
-_CURES = {
-    nginx.PROGRAM: "apt-get install nginx",
-    MPS_PROGRAM: "instances that share a GPU need it: on Ubuntu it is in nvidia-compute-utils-VERSION, on Debian in "
-    "nvidia-cuda-mps; or have them take turns, with mps = false below [unit]",
-}
 
 
 class _Work:

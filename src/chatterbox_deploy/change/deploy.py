@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from chatterbox_deploy import apply, ledger, observe, plan, render
-from chatterbox_deploy.blueprint import LINK, of_revision, want
+from chatterbox_deploy import render
+from chatterbox_deploy.change import apply, ledger, observe, plan
+from chatterbox_deploy.change.blueprint import LINK, of_revision, want
+from chatterbox_deploy.change.ledger import Begun, Ledger, Revision
+from chatterbox_deploy.change.steps import PointLink, ShowFront, WriteFiles
 from chatterbox_deploy.errors import CommandFailed, DeployError
-from chatterbox_deploy.ledger import Begun, Ledger, Revision
-from chatterbox_deploy.steps import PointLink, ShowFront, WriteFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from chatterbox_deploy.blueprint import Blueprint
-    from chatterbox_deploy.facts import HostState, Wanted
+    from chatterbox_deploy.change.blueprint import Blueprint
+    from chatterbox_deploy.change.facts import HostState, Wanted
+    from chatterbox_deploy.change.plan import Plan
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.plan import Plan
-    from chatterbox_deploy.steps import Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import PurePosixPath
 
-    from chatterbox_deploy.difference import Change
+    from chatterbox_deploy.change.difference import Change
     from chatterbox_deploy.fleet import Upstream
     from chatterbox_deploy.render import RenderedFile
 

@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config, facts, ledger
+from chatterbox_deploy import config
+from chatterbox_deploy.change import facts, ledger
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_deploy.facts import Wanted
+    from chatterbox_deploy.change.facts import Wanted
+    from chatterbox_deploy.change.ledger import Revision
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.ledger import Revision
     from chatterbox_deploy.render import RenderedFile
 
 LINK = PurePosixPath(config.VERSION_LINK)

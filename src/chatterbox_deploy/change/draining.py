@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import apply, blueprint, deploy, ledger, nginx, render
-from chatterbox_deploy.difference import Change
+from chatterbox_deploy import nginx, render
+from chatterbox_deploy.change import apply, blueprint, deploy, ledger
+from chatterbox_deploy.change.difference import Change
+from chatterbox_deploy.change.steps import ShowFront, WaitIdle
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.steps import ShowFront, WaitIdle
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from chatterbox_deploy.deploy import Author, Progress
+    from chatterbox_deploy.change.deploy import Author, Progress
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.steps import Step
 
 
 def drain(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import difference, observe, plan, systemd
-from chatterbox_deploy.blueprint import want
-from chatterbox_deploy.deploy import Proposal
-from chatterbox_deploy.facts import HostState
-from chatterbox_deploy.plan import Plan
-from chatterbox_deploy.steps import RemoveFile, Run, WriteFiles
+from chatterbox_deploy import systemd
+from chatterbox_deploy.change import difference, observe, obstacles
+from chatterbox_deploy.change.blueprint import want
+from chatterbox_deploy.change.deploy import Proposal
+from chatterbox_deploy.change.facts import HostState
+from chatterbox_deploy.change.plan import Plan
+from chatterbox_deploy.change.steps import RemoveFile, Run, WriteFiles
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from chatterbox_deploy.blueprint import Blueprint
+    from chatterbox_deploy.change.blueprint import Blueprint
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.host import LocalHost
-    from chatterbox_deploy.steps import Step
 
 
 def propose(host: LocalHost, root: Path, asked: Blueprint) -> Proposal:
@@ -37,5 +38,5 @@ def propose(host: LocalHost, root: Path, asked: Blueprint) -> Proposal:
         for path in observe.needs(wanted.fleet)
         if not observe.exists(host, path)
     ]
-    made = Plan(tuple(steps), notes=tuple(notes), problems=tuple(plan.foreign(path) for path in found.foreign))
+    made = Plan(tuple(steps), notes=tuple(notes), problems=tuple(obstacles.foreign(path) for path in found.foreign))
     return Proposal(asked, wanted, HostState(files=on_disk), made)

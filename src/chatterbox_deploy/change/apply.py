@@ -11,10 +11,9 @@ import wave
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import nginx, observe, systemd
-from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.render import RenderedFile
-from chatterbox_deploy.steps import (
+from chatterbox_deploy import nginx, systemd
+from chatterbox_deploy.change import observe
+from chatterbox_deploy.change.steps import (
     PointLink,
     Purge,
     RemoveFile,
@@ -28,13 +27,15 @@ from chatterbox_deploy.steps import (
     WaitReady,
     WriteFiles,
 )
+from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.render import RenderedFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from chatterbox_deploy.change.steps import Step
     from chatterbox_deploy.fleet import Upstream
     from chatterbox_deploy.host import Answer, Host
-    from chatterbox_deploy.steps import Step
 
 STAGING_DIR = PurePosixPath("/run/chatterbox-deploy")
 """Units lie here, beside each other, while systemd reads them for the first time."""

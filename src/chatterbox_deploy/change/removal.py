@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import apply, config, deploy, ledger, observe, plan, render, systemd
-from chatterbox_deploy.blueprint import LINK
-from chatterbox_deploy.difference import Change
+from chatterbox_deploy import config, render, systemd
+from chatterbox_deploy.change import apply, deploy, ledger, observe, plan
+from chatterbox_deploy.change.blueprint import LINK
+from chatterbox_deploy.change.difference import Change
+from chatterbox_deploy.change.steps import Purge, Run
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import SYSTEM
-from chatterbox_deploy.steps import Purge, Run
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from chatterbox_deploy.deploy import Author, Progress
+    from chatterbox_deploy.change.deploy import Author, Progress
+    from chatterbox_deploy.change.plan import Plan
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.plan import Plan
 
 COMMAND_LINK = PurePosixPath("/usr/local/bin/chatterbox-deploy")
 """As ``scripts/install-version`` makes it."""

@@ -9,18 +9,18 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import nginx, render, systemd
+from chatterbox_deploy.change.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.config import split_listen
 from chatterbox_deploy.errors import CommandFailed
-from chatterbox_deploy.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.fleet import MPS_PROGRAM
 from chatterbox_deploy.gpu import query
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from chatterbox_deploy.change.ledger import Ledger
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.host import Host
-    from chatterbox_deploy.ledger import Ledger
     from chatterbox_deploy.render import RenderedFile
 
 
