@@ -11,13 +11,13 @@ from math import ceil
 from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.config.values import split_listen
 from chatterbox_deploy.errors import UnknownInstance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from chatterbox_deploy.config import FleetConfig, ServerConfig
+    from chatterbox_deploy.config.tables import FleetConfig, ServerConfig
 
 HOST = "127.0.0.1"
 """Instances listen on loopback only. A literal, since ``localhost`` may resolve to ::1 first."""

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from chatterbox_deploy import config, process
+from chatterbox_deploy import process
+from chatterbox_deploy.config import values
 from chatterbox_deploy.errors import CommandFailed
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _front_argv(foreground: Foreground) -> tuple[str, ...]:
 
 def _check_ports(fleet: Fleet) -> None:
     """Say at once what is taken: nginx tries for seconds, and whoever sits there would answer in our name."""
-    address, port = config.split_listen(fleet.front.listen)
+    address, port = values.split_listen(fleet.front.listen)
     wanted = [(str(address), port), *((instance.host, instance.port) for instance in fleet.instances)]
     taken = [f"\n  {host}:{port}: {reason}" for host, port in wanted if (reason := process.refuses_to_bind(host, port))]
     if taken:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given, settings
 
-from chatterbox_deploy import config, fleet, render, systemd
+from chatterbox_deploy import fleet, render, systemd
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.templates import Templates
 from chatterbox_server.settings import PREFIX, Settings
 from support import fleets, golden
@@ -59,7 +60,7 @@ api_keys_file = '/k'
 cors_origins = ['https://a.example', '*']
 aliases = { a = 'b', c = 'd' }
 """
-    resolved = fleet.resolve(config.load(f"[gpus]\n0 = 6093\n[server]{server}", source="f"))
+    resolved = fleet.resolve(reading.load(f"[gpus]\n0 = 6093\n[server]{server}", source="f"))
     (instance,) = resolved.instances
     environment = told(render.render(resolved, Templates(), source="f"), instance)
 
@@ -76,7 +77,7 @@ aliases = { a = 'b', c = 'd' }
 
 def test_both_sides_have_the_same_defaults() -> None:
     """Else a server started by hand would differ from one that a unit starts."""
-    resolved = fleet.resolve(config.load("[gpus]\n0 = 6093", source="f"))
+    resolved = fleet.resolve(reading.load("[gpus]\n0 = 6093", source="f"))
     (instance,) = resolved.instances
     environment = told(render.render(resolved, Templates(), source="f"), instance)
     of_the_place = {"instance", "voices_dir", "results_dir", "visible_gpus"}
@@ -89,6 +90,6 @@ def test_both_sides_have_the_same_defaults() -> None:
 @settings(deadline=None, max_examples=50)
 @given(fleets.fleet_tables())
 def test_the_server_understands_any_valid_fleet(table: dict[str, Any]) -> None:
-    resolved = fleet.resolve(config.load(fleets.to_toml(table), source="f"))
+    resolved = fleet.resolve(reading.load(fleets.to_toml(table), source="f"))
     if resolved.service.speaks_notify:
         check(resolved, render.render(resolved, Templates(), source="f"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from chatterbox_deploy import fleet
 from chatterbox_deploy import render as renderer
-from chatterbox_deploy.config import FleetConfig
+from chatterbox_deploy.config.tables import FleetConfig
 from chatterbox_deploy.fleet import Instance
 from chatterbox_deploy.templates import Templates
 

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.cli import main
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import ProfileError
 from chatterbox_deploy.sizing import advice, profile
 from chatterbox_deploy.sizing.advice import Demand
@@ -139,7 +140,7 @@ def run(tmp_path: Path, *words: str) -> str:
 def test_the_lines_it_ends_with_are_a_fleet_file(tmp_path: Path) -> None:
     said = run(tmp_path, "--gpu-memory-mib", "143771", "--cores", "16")
 
-    made = fleet.resolve(config.load(said[said.index("[gpus]") :], source="f"))
+    made = fleet.resolve(reading.load(said[said.index("[gpus]") :], source="f"))
     assert len(made.instances) == 4
     assert len(made.mps_daemons) == 1
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.bench import aims, asking, counters, loads, measuring, results
 from chatterbox_deploy.bench.aims import Aim, Door
 from chatterbox_deploy.bench.loads import Load
 from chatterbox_deploy.bench.measuring import Bench, Stop
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from support.speaking import Speaker, serving
 
@@ -223,7 +224,7 @@ SIX_GPUS = "[gpus]\n" + "".join(f"{gpu} = [{7000 + 2 * gpu}, {7001 + 2 * gpu}]\n
 
 def test_whom_a_benchmark_asks() -> None:
     nginx = "[nginx]\nlisten = '0.0.0.0:6095'\nallow_anonymous = true\n"
-    resolved = fleet.resolve(config.load(SIX_GPUS + nginx, source="f"))
+    resolved = fleet.resolve(reading.load(SIX_GPUS + nginx, source="f"))
 
     front = aims.front(resolved)
     assert [door.url for door in front.doors] == ["http://127.0.0.1:6095"]

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config
+from chatterbox_deploy.config import reading, tables
 from chatterbox_deploy.errors import FleetFileError
 from support import fleets
 
 
 def problems(text: str) -> list[str]:
     with pytest.raises(FleetFileError) as caught:
-        config.load(text, source="fleet.toml")
+        reading.load(text, source="fleet.toml")
     return list(caught.value.problems)
 
 
@@ -315,7 +315,7 @@ modle = "turbo"
 
 def test_the_message_counts_and_lists() -> None:
     with pytest.raises(FleetFileError) as caught:
-        config.load("[gpus]\n0 = 80\n1 = 'x'", source="fleet.toml")
+        reading.load("[gpus]\n0 = 80\n1 = 'x'", source="fleet.toml")
 
     assert str(caught.value) == (
         "fleet.toml has 2 problems\n"
@@ -327,9 +327,11 @@ def test_the_message_counts_and_lists() -> None:
 def test_a_public_address_is_accepted_with_keys_or_with_the_explicit_word() -> None:
     public = ONE_GPU + "[nginx]\nlisten = '0.0.0.0:80'\n"
 
-    assert config.load(public + "api_keys_file = '/etc/keys'", source="f").nginx.api_keys_file == "/etc/keys"
-    assert config.load(public + "[server]\napi_keys_file = '/etc/keys'", source="f").server.api_keys_file == "/etc/keys"
-    assert config.load(public + "allow_anonymous = true", source="f").nginx.allow_anonymous
+    assert reading.load(public + "api_keys_file = '/etc/keys'", source="f").nginx.api_keys_file == "/etc/keys"
+    assert (
+        reading.load(public + "[server]\napi_keys_file = '/etc/keys'", source="f").server.api_keys_file == "/etc/keys"
+    )
+    assert reading.load(public + "allow_anonymous = true", source="f").nginx.allow_anonymous
 
 
 def test_a_long_value_is_shortened_in_the_message() -> None:
@@ -340,7 +342,7 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
 
 @given(fleets.fleet_tables())
 def test_any_valid_fleet_is_read_as_it_was_written(table: dict[str, Any]) -> None:
-    loaded = config.load(fleets.to_toml(table), source="fleet.toml")
+    loaded = reading.load(fleets.to_toml(table), source="fleet.toml")
 
     assert loaded.model_dump(exclude_unset=True) == table
 
@@ -348,17 +350,17 @@ def test_any_valid_fleet_is_read_as_it_was_written(table: dict[str, Any]) -> Non
 @given(fleets.broken_tables())
 def test_whatever_stands_in_the_file_the_answer_is_a_fleet_or_a_list_of_problems(table: dict[str, Any]) -> None:
     with suppress(FleetFileError):
-        config.load(fleets.to_toml(table), source="fleet.toml")
+        reading.load(fleets.to_toml(table), source="fleet.toml")
 
 
 @given(st.text())
 def test_any_text_is_a_fleet_or_a_list_of_problems(text: str) -> None:
     with suppress(FleetFileError):
-        config.load(text, source="fleet.toml")
+        reading.load(text, source="fleet.toml")
 
 
 def test_the_near_miss_knows_every_key_of_every_section() -> None:
     example = tomllib.loads(fleets.to_toml({"gpus": {}, "nginx": {}, "server": {}, "unit": {}}))
 
-    assert set(example) <= set(config.KNOWN_KEYS)
-    assert {"nginx.listen", "server.engine", "unit.watchdog_s"} <= set(config.KNOWN_KEYS)
+    assert set(example) <= set(tables.KNOWN_KEYS)
+    assert {"nginx.listen", "server.engine", "unit.watchdog_s"} <= set(tables.KNOWN_KEYS)

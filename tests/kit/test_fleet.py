@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import UnknownInstance
 from support import fleets
 
 
 def resolve(text: str) -> fleet.Fleet:
-    return fleet.resolve(config.load(text, source="fleet.toml"))
+    return fleet.resolve(reading.load(text, source="fleet.toml"))
 
 
 def test_names_say_which_gpu_and_which_replica() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.change import observe
 from chatterbox_deploy.change.ledger import Ledger
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.gpu import query
 from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
 from chatterbox_deploy.sizing import capacity
@@ -41,7 +42,7 @@ def test_a_host_tells_its_gpus_and_cpus_or_that_it_does_not_know() -> None:
 
 
 def problems(toml: str) -> list[str]:
-    return capacity.problems(fleet.resolve(config.load(toml, source="f")), [H200, SMALL], range(8))
+    return capacity.problems(fleet.resolve(reading.load(toml, source="f")), [H200, SMALL], range(8))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_too_many_instances_for_the_cpus_are_refused() -> None:
 def test_what_a_gpu_cannot_hold_is_found_before_anything_is_done() -> None:
     with scripted_host() as host:
         host.gpus = SAID.replace("143771", "8000")
-        wanted = fleet.resolve(config.load("[gpus]\n0 = [6093, 6094]\n", source="f"))
+        wanted = fleet.resolve(reading.load("[gpus]\n0 = [6093, 6094]\n", source="f"))
 
         state = observe.state(host, Ledger(), fleet=wanted)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import config, exposition, fleet, nginx, systemd
+from chatterbox_deploy import exposition, fleet, nginx, systemd
 from chatterbox_deploy.cli import monitor_view
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.gpu.cards import Card
 from chatterbox_deploy.monitor import conditions, curves, following, gauges
 from chatterbox_deploy.monitor.conditions import Limits
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.exposition import Exposition
     from chatterbox_deploy.monitor.picture import Picture
 
-FLEET = fleet.resolve(config.load("[gpus]\n0 = 6093\n1 = 6094\n[server]\nqueue_size = 4\n", source="f"))
+FLEET = fleet.resolve(reading.load("[gpus]\n0 = 6093\n1 = 6094\n[server]\nqueue_size = 4\n", source="f"))
 BEGIN = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 ACTIVE = Unit(load="loaded", active="active", sub="running", restarts=0)
 READY = Readiness(

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import config, fleet, grafana, render
+from chatterbox_deploy import fleet, grafana, render
 from chatterbox_deploy.cli import main
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.templates import Templates
 from support import golden
 
@@ -47,7 +48,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
 def test_promtool_accepts_the_scrape_configuration(with_key: bool, tmp_path: Path) -> None:
     text = SCRAPE
     if not with_key:
-        asked = config.load("[gpus]\n0 = 6093\n'2,3' = 6094\n[monitoring]\nscrape_file = '/s.yml'\n", source="f")
+        asked = reading.load("[gpus]\n0 = 6093\n'2,3' = 6094\n[monitoring]\nscrape_file = '/s.yml'\n", source="f")
         files = render.render(fleet.resolve(asked), Templates(), source="f")
         text = next(file.text for file in files if file.path.name == "s.yml")
         assert "authorization" not in text

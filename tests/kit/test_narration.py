@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.speak import narration, subtitles, tally, wav
 from chatterbox_deploy.speak.manuscript import Chapter, Manuscript, Piece
 from chatterbox_deploy.speak.narration import Manner, Span, Take
@@ -114,7 +114,7 @@ def test_subtitles_are_numbered_and_say_hours_and_milliseconds() -> None:
     ],
 )
 def test_as_many_requests_are_in_flight_as_keep_the_fleet_busy_and_its_queues_hold(toml: str, requests: int) -> None:
-    assert narration.in_flight(config.load(toml, source="fleet.toml")) == requests
+    assert narration.in_flight(reading.load(toml, source="fleet.toml")) == requests
 
 
 def tallied(*pieces: tuple[int, float, str]) -> Tally:

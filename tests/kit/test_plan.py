@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from chatterbox_deploy import config, render, systemd
+from chatterbox_deploy import render, systemd
 from chatterbox_deploy.change import apply, facts, observe, plan
 from chatterbox_deploy.change.facts import HostState, MpsState, UnitState
 from chatterbox_deploy.change.ledger import Ledger
 from chatterbox_deploy.change.steps import PointLink
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.templates import Templates
 from support.scripted import scripted_host
 
@@ -27,7 +28,7 @@ KEYS = "/etc/chatterbox-tts/api-keys"
 
 
 def want(toml: str, source: str = "/etc/chatterbox-tts/fleet.toml") -> Wanted:
-    return facts.want(config.load(toml, source=source), Templates(), source=source)
+    return facts.want(reading.load(toml, source=source), Templates(), source=source)
 
 
 def serving(toml: str, **changes: Any) -> HostState:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.report import findings, proposal, summary
 from chatterbox_deploy.report.reckoning import Reckoning, Share
 from chatterbox_deploy.report.situation import Pin
@@ -156,7 +156,7 @@ def test_a_home_made_server_can_be_kept_as_it_is() -> None:
         '# directory = "/srv/tts"',
     ]
     with_own = [line.removeprefix("# ") for line in lines if not line.startswith(("model", "# Or", "# {"))]
-    assert config.load("\n".join(with_own), source="f").server.command is not None
+    assert reading.load("\n".join(with_own), source="f").server.command is not None
     assert "what speaks now is reckoned as so many instances of this server" in made.caveats
 
 
@@ -213,7 +213,7 @@ def test_what_is_proposed_can_be_applied_keeps_what_is_there_and_brings_more(
 
     if made is None:
         return
-    after = config.load(made.text, source="f")
+    after = reading.load(made.text, source="f")
     before_ports = {port: gpu for gpu, port in file.config.ports()}
     assert before_ports.items() <= {port: gpu for gpu, port in after.ports()}.items()
     assert made.gain is None or made.gain >= 1

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from chatterbox_deploy import config, fleet, render, systemd
+from chatterbox_deploy import fleet, render, systemd
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import TemplateError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.templates import Templates, read_own
@@ -118,7 +119,7 @@ def test_no_unit_of_an_instance_has_what_breaks_cuda_or_ties_gpus_together(case:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(table=fleets.fleet_tables())
 def test_any_valid_fleet_renders_the_same_twice_and_has_a_unit_per_instance(table: dict[str, Any]) -> None:
-    resolved = fleet.resolve(config.load(fleets.to_toml(table), source="f"))
+    resolved = fleet.resolve(reading.load(fleets.to_toml(table), source="f"))
 
     files = render.render(resolved, Templates(), source="/etc/fleet.toml")
 
@@ -143,7 +144,7 @@ def test_any_valid_fleet_renders_the_same_twice_and_has_a_unit_per_instance(tabl
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 @given(table=fleets.fleet_tables())
 def test_systemd_has_nothing_to_say_about_any_valid_fleet(table: dict[str, Any], tree: Path) -> None:
-    resolved = fleet.resolve(config.load(fleets.to_toml(table), source="f"))
+    resolved = fleet.resolve(reading.load(fleets.to_toml(table), source="f"))
     shutil.rmtree(tree / "programs", ignore_errors=True)
     place_program(tree, resolved.instances[0].command[0])
 

@@ -12,21 +12,21 @@ import pytest
 from hypothesis import given
 
 import chatterbox_deploy
-from chatterbox_deploy import config
+from chatterbox_deploy.config import tables
 from support import fleets, golden
 
 SHIPPED = Path(chatterbox_deploy.__file__).parent / "fleet.schema.json"
-CHECK = jsonschema.Draft202012Validator(config.schema())
+CHECK = jsonschema.Draft202012Validator(tables.schema())
 
 
 def test_the_shipped_schema_is_the_generated_one() -> None:
     """Cure: ``chatterbox-deploy schema > src/chatterbox_deploy/fleet.schema.json``."""
-    assert json.loads(SHIPPED.read_text()) == config.schema()
+    assert json.loads(SHIPPED.read_text()) == tables.schema()
 
 
 def test_it_is_a_schema_and_explains_every_key() -> None:
-    jsonschema.Draft202012Validator.check_schema(config.schema())
-    for section in config.schema()["$defs"].values():
+    jsonschema.Draft202012Validator.check_schema(tables.schema())
+    for section in tables.schema()["$defs"].values():
         assert all("description" in key for key in section["properties"].values())
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from chatterbox_deploy import client, config, fleet
+from chatterbox_deploy import client, fleet
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.speak import narration, sending, wav
 from chatterbox_deploy.speak.manuscript import Chapter, Manuscript, Piece
@@ -333,7 +334,7 @@ def test_where_nobody_listens_the_first_question_says_so() -> None:
     ],
 )
 def test_the_front_of_a_fleet_on_this_machine(nginx: str, url: str, headers: dict[str, str]) -> None:
-    resolved = fleet.resolve(config.load(f"[gpus]\n0 = 6093\n[nginx]\n{nginx}", source="fleet.toml"))
+    resolved = fleet.resolve(reading.load(f"[gpus]\n0 = 6093\n[nginx]\n{nginx}", source="fleet.toml"))
 
     front = sending.local_front(resolved, "secret")
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from chatterbox_deploy import config, fleet, nginx, render, systemd
+from chatterbox_deploy import fleet, nginx, render, systemd
 from chatterbox_deploy.cli.status import show
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.status import rows
 from chatterbox_deploy.status.found import Found, Readiness, Unit, read_readiness, read_unit
 from chatterbox_deploy.status.table import duration, size
@@ -54,7 +55,7 @@ NGINX = Unit(load="loaded", active="active", sub="running", memory_bytes=4_000_0
 
 
 def resolve(text: str) -> fleet.Fleet:
-    return fleet.resolve(config.load(text, source="fleet.toml"))
+    return fleet.resolve(reading.load(text, source="fleet.toml"))
 
 
 def rendered(text: str) -> tuple[render.RenderedFile, ...]:

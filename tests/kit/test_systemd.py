@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import config, fleet, systemd
+from chatterbox_deploy import fleet, systemd
+from chatterbox_deploy.config import reading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,7 +90,7 @@ def test_the_journal_is_asked_for_one_unit_plainly_and_for_several_with_their_na
 def test_homes_are_hidden_unless_the_fleet_uses_one(server: str, answer: str) -> None:
     text = f"[gpus]\n0 = 6093\n[server]\n{server}"
 
-    assert systemd.protect_home(fleet.resolve(config.load(text, source="f"))) == answer
+    assert systemd.protect_home(fleet.resolve(reading.load(text, source="f"))) == answer
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_clients_of_an_mps_daemon_are_told_each_gpu_by_its_uuid(gpus: str, clien
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\necho "GPU-${1#--id=}"\n')
     smi.chmod(0o755)
-    (daemon,) = fleet.resolve(config.load(f"[gpus]\n'{gpus}' = [6093, 6094]\n", source="f")).mps_daemons
+    (daemon,) = fleet.resolve(reading.load(f"[gpus]\n'{gpus}' = [6093, 6094]\n", source="f")).mps_daemons
     here = replace(daemon, directory=str(tmp_path))
 
     subprocess.run(systemd.tell_clients_command(here), env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
@@ -111,7 +112,7 @@ def test_clients_of_an_mps_daemon_are_told_nothing_where_there_is_no_such_gpu(tm
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
     smi.chmod(0o755)
-    (daemon,) = fleet.resolve(config.load("[gpus]\n7 = [6093, 6094]\n", source="f")).mps_daemons
+    (daemon,) = fleet.resolve(reading.load("[gpus]\n7 = [6093, 6094]\n", source="f")).mps_daemons
     here = replace(daemon, directory=str(tmp_path))
 
     done = subprocess.run(systemd.tell_clients_command(here), env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from chatterbox_deploy import config
 from chatterbox_deploy.change import facts
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.monitor import watch
 from chatterbox_deploy.status import survey
@@ -67,7 +67,7 @@ def hanging() -> Iterator[int]:
 
 def watched(root: Path, *ports: int, more: str = "", cards: tuple[Card, ...] | None = None) -> watch.Watch:
     gpus = "\n".join(f"{number} = {port}" for number, port in enumerate(ports))
-    wanted = facts.want(config.load(f"[gpus]\n{gpus}\n{more}", source="f"), Templates(), source="f")
+    wanted = facts.want(reading.load(f"[gpus]\n{gpus}\n{more}", source="f"), Templates(), source="f")
     return watch.Watch(LocalHost(root), wanted, access_log=LOG, read_cards=lambda: cards)
 
 

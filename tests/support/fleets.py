@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hypothesis import strategies as st
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
+from chatterbox_deploy.config import reading
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn
@@ -289,6 +290,6 @@ def related_pairs(draw: DrawFn) -> Pair:
             after[section] = {**after.get(section, {}), key: _SETTINGS[section][key]}
     if draw(st.booleans()):
         before, after = after, before
-    names = [instance.name for instance in fleet.resolve(config.load(to_toml(before), source="f")).instances]
+    names = [instance.name for instance in fleet.resolve(reading.load(to_toml(before), source="f")).instances]
     drained = draw(st.lists(st.sampled_from(names), max_size=1)) if draw(st.integers(0, 3)) == 0 else []
     return Pair(before, after, tuple(drained), draw(st.sampled_from([1, 1, 2, 3])))

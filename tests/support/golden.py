@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config, fleet, render
+from chatterbox_deploy import fleet, render
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.templates import Templates
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ SOURCE = "/etc/chatterbox-tts/fleet.toml"
 
 def resolve(case: str) -> Fleet:
     text = (FOLDER / case / "fleet.toml").read_text()
-    return fleet.resolve(config.load(text, source=f"golden/{case}/fleet.toml"))
+    return fleet.resolve(reading.load(text, source=f"golden/{case}/fleet.toml"))
 
 
 def render_case(case: str) -> tuple[RenderedFile, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.gpu import smi
 from chatterbox_deploy.gpu.cards import Card, Process
 from chatterbox_deploy.nginx import Block, Traffic
@@ -55,7 +56,7 @@ def program(pid: int, kind: Any = "speech", **more: Any) -> Program:
 
 def fleet_file(text: str) -> FleetFile:
     """That reads so."""
-    loaded = config.load(text, source="fleet.toml")
+    loaded = reading.load(text, source="fleet.toml")
     return FleetFile("fleet.toml", text, loaded, fleet.resolve(loaded))
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config
 from chatterbox_deploy.change import facts, ledger
+from chatterbox_deploy.config import reading, tables
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.templates import Templates
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.host import Host
     from chatterbox_deploy.render import RenderedFile
 
-LINK = PurePosixPath(config.VERSION_LINK)
+LINK = PurePosixPath(tables.VERSION_LINK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def want(asked: Blueprint) -> Wanted:
         FleetFileError: its fleet file is wrong.
         TemplateError: a template cannot be filled in.
     """
-    fleet = config.load(asked.fleet_toml, source=asked.source)
+    fleet = reading.load(asked.fleet_toml, source=asked.source)
     if asked.version is not None:
         fleet = fleet.with_version(asked.version)
     wanted = facts.want(fleet, Templates(asked.templates), source=asked.source)

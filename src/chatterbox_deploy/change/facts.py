@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import PurePosixPath
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Upstream
     from chatterbox_deploy.gpu.query import Gpu
     from chatterbox_deploy.render import RenderedFile

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from chatterbox_deploy import nginx, render, systemd
 from chatterbox_deploy.change.facts import HostState, MpsState, UnitState
-from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.config.values import split_listen
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import MPS_PROGRAM
 from chatterbox_deploy.gpu import query

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chatterbox_deploy import nginx, render, systemd
-from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.config.values import split_listen
 from chatterbox_deploy.fleet import MPS_PROGRAM
 from chatterbox_deploy.sizing import capacity
 

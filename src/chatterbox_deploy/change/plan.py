@@ -22,7 +22,7 @@ from chatterbox_deploy.change.steps import (
     WaitReady,
     WriteFiles,
 )
-from chatterbox_deploy.config import split_listen
+from chatterbox_deploy.config.values import split_listen
 from chatterbox_deploy.fleet import Upstream
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config, render, systemd
+from chatterbox_deploy import render, systemd
 from chatterbox_deploy.change import apply, deploy, ledger, observe, plan
 from chatterbox_deploy.change.blueprint import LINK
 from chatterbox_deploy.change.difference import Change
 from chatterbox_deploy.change.steps import Purge, Run
+from chatterbox_deploy.config import tables
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.fleet import SYSTEM
 
@@ -92,7 +93,7 @@ def _written_by_fleets(host: Host, kept: Collection[Change]) -> list[PurePosixPa
         # Where the user is made up by systemd, the directory itself is private and the name a link to it.
         for place in (name, name.replace("/chatterbox-tts", "/private/chatterbox-tts"))
     ]
-    versions = PurePosixPath(config.VERSIONS_DIR)
+    versions = PurePosixPath(tables.VERSIONS_DIR)
     # A directory in the link's place is an environment that somebody made for himself.
     links = [link for link in (LINK, COMMAND_LINK) if (to := host.read_link(link)) and to.is_relative_to(LINK.parent)]
     links += host.glob(LINK.parent, f".{LINK.name}.*")

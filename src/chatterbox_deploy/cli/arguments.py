@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.change import blueprint
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import CommandFailed, FleetFileError, ProfileError
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.sizing import profile
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from chatterbox_deploy.change.blueprint import Blueprint
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
     from chatterbox_deploy.fleet import Fleet, Instance
     from chatterbox_deploy.sizing.profile import Profile
 
@@ -113,7 +114,7 @@ def read_blueprint(host: LocalHost, fleet_file: Path, own_templates: Path | None
         TemplateError: there are no templates in the folder.
     """
     text = read_text(fleet_file)
-    config.load(text, source=str(fleet_file))
+    reading.load(text, source=str(fleet_file))
     own = {} if own_templates is None else read_own(own_templates)
     return blueprint.of_file(host, source=str(fleet_file.resolve()), fleet_toml=text, templates=own)
 
@@ -124,7 +125,7 @@ def read_fleet(fleet_file: Path) -> FleetConfig:
     Raises:
         FleetFileError: it is not there, or it is wrong.
     """
-    return config.load(read_text(fleet_file), source=str(fleet_file))
+    return reading.load(read_text(fleet_file), source=str(fleet_file))
 
 
 def read_text(fleet_file: Path) -> str:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import CaptureError
 from chatterbox_deploy.gpu import smi
 from chatterbox_deploy.host import LocalHost, save
@@ -69,7 +70,7 @@ def _read_fleet(path: Path | None, *, by_default: bool) -> FleetFile | None:
         return None
     named = path or _DEFAULT
     text = arguments.read_text(named)
-    loaded = config.load(text, source=str(named))
+    loaded = reading.load(text, source=str(named))
     return FleetFile(str(named), text, loaded, fleet.resolve(loaded))
 
 

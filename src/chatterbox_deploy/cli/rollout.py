@@ -7,10 +7,11 @@ from pathlib import Path, PurePosixPath
 
 import click
 
-from chatterbox_deploy import config, fleet
+from chatterbox_deploy import fleet
 from chatterbox_deploy.change import blueprint, deploy, ledger
 from chatterbox_deploy.cli import arguments, telling
 from chatterbox_deploy.cli.plan import UNAVAILABLE, change
+from chatterbox_deploy.config import tables
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
@@ -18,7 +19,7 @@ from chatterbox_deploy.host import LocalHost
 @click.command("rollout")
 @arguments.FLEET
 @click.option("--gpu", "only", metavar="N", help="Only the instances on this GPU, or this instance (gpu1-a).")
-@click.option("--version", "version", metavar="NAME", help=f"First turn to this version below {config.VERSIONS_DIR}.")
+@click.option("--version", "version", metavar="NAME", help=f"First turn to this version below {tables.VERSIONS_DIR}.")
 @UNAVAILABLE
 @click.option("--no-rollback", is_flag=True, help="When an instance fails, stop there instead of going back.")
 @arguments.TEMPLATES
@@ -58,7 +59,7 @@ def rollout_command(
 
 def _directory(host: LocalHost, version: str) -> PurePosixPath:
     """Where a version lies, once it is known to be whole."""
-    directory = PurePosixPath(config.VERSIONS_DIR) / version
+    directory = PurePosixPath(tables.VERSIONS_DIR) / version
     if directory.name != version or version in {".", ".."}:
         msg = (
             f"cannot use version {version!r}: name a directory in {directory.parent}, as `scripts/install-version` does"

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from chatterbox_deploy import config
+from chatterbox_deploy.config import tables
 
 
 @click.command("schema")
@@ -17,4 +17,4 @@ def schema_command() -> None:
         chatterbox-deploy schema > fleet.schema.json
         sed -i '1i #:schema ./fleet.schema.json' fleet.toml    # Even Better TOML, taplo
     """
-    click.echo(json.dumps(config.schema(), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(tables.schema(), indent=2, ensure_ascii=False))

@@ -22,7 +22,7 @@ from chatterbox_deploy.host import LocalHost
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
 
 _COLOURS = ("cyan", "magenta", "blue", "green", "yellow", "bright_cyan", "bright_magenta", "bright_blue")
 

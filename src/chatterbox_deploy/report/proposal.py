@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy import config
+from chatterbox_deploy.config import reading, values
 from chatterbox_deploy.errors import FleetFileError
 from chatterbox_deploy.report import amend, reckoning
 from chatterbox_deploy.report.reckoning import Layout, Share
@@ -18,7 +18,7 @@ from chatterbox_deploy.report.reckoning import Layout, Share
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
     from chatterbox_deploy.report.reckoning import Reckoning
     from chatterbox_deploy.report.situation import FleetFile, Program, Situation
 
@@ -179,7 +179,7 @@ def _new_ports(
 ) -> dict[tuple[str, str], str]:
     """Lines of [gpus] that change; ports that are given keep their place."""
     fronts = [listen for listen in (asked.nginx.listen, asked.nginx.http_listen) if listen is not None]
-    taken = {port for _, port in asked.ports()} | {config.split_listen(listen)[1] for listen in fronts}
+    taken = {port for _, port in asked.ports()} | {values.split_listen(listen)[1] for listen in fronts}
     ports = _free_ports(taken | situation.listening, after=max(port for _, port in asked.ports()))
     edits: dict[tuple[str, str], str] = {}
     for index, share in then.items():
@@ -207,7 +207,7 @@ def _made(  # noqa: PLR0917  all that a proposal is made of
 ) -> Proposal | None:
     path = None if file is None else file.path
     try:
-        config.load(text, source=path or "fleet.toml")
+        reading.load(text, source=path or "fleet.toml")
     except FleetFileError:
         # Two changes may not go together, such as MPS and a device of the operator's own; then there is no such file.
         return None

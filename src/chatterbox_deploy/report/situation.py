@@ -11,7 +11,7 @@ from chatterbox_deploy.report import proc
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.gpu.cards import Card
     from chatterbox_deploy.gpu.smi import Capture

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from chatterbox_deploy.config import MAX_INSTANCES_PER_GPU
+from chatterbox_deploy.config.values import MAX_INSTANCES_PER_GPU
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

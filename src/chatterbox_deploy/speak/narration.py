@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from chatterbox_deploy.config import FleetConfig
+    from chatterbox_deploy.config.tables import FleetConfig
     from chatterbox_deploy.speak.manuscript import Manuscript
 
 
