@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent
 _KINDS = ("units", "nginx", "monitoring")
-"""Folders of templates, at the top of the repository."""
+"""Folders of templates; the last one lies in the package, the others at the top of the repository."""
 
 
 def shipped() -> Path:
-    """Directory of those folders: inside an installed package, or the checkout of an editable one."""
+    """Directory of ``units/`` and ``nginx/``: inside an installed package, or the checkout of an editable one."""
     inside = _PACKAGE / "_templates"
     return inside if inside.is_dir() else _PACKAGE.parents[1]
 
@@ -84,7 +84,7 @@ class Templates:
 @cache
 def _environment(own: tuple[tuple[str, str], ...]) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.DictLoader(dict(own)), jinja2.FileSystemLoader(shipped())]),
+        loader=jinja2.ChoiceLoader([jinja2.DictLoader(dict(own)), jinja2.FileSystemLoader([shipped(), _PACKAGE])]),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # noqa: S701  unit files and nginx configuration are not HTML; quoting is by filter
         trim_blocks=True,
