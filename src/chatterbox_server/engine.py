@@ -192,6 +192,13 @@ class Engine(Protocol):
     """Languages it speaks; the first is spoken when the client names none."""
     defaults: Sampling
     """What it uses for whatever the client leaves out."""
+    frees_beside: bool
+    """``free`` may be called beside utterances in hand, and gives back no less than without them."""
+
+    @property
+    def broken(self) -> EngineBroken | None:
+        """Why it will never speak again, where it knows so without being asked to; answered at once, on any thread."""
+        ...
 
     def facts(self) -> Mapping[str, object]:
         """What ``/readyz`` reports, as JSON values; answers at once, also while an utterance runs."""
@@ -202,7 +209,7 @@ class Engine(Protocol):
         ...
 
     def free(self) -> None:
-        """Give back what is cached and not in use; called while no utterance is in hand."""
+        """Give back what is cached and not in use; called while no utterance is in hand, or see ``frees_beside``."""
         ...
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import Dropped, EngineError, Errand, Refused, Utterance
+from chatterbox_server.engine import Dropped, EngineBroken, EngineError, Errand, Refused, Utterance
 from chatterbox_server.settings import Settings
 from server import tiny
 from server.fakes import PATIENCE_S, a_queue, an_utterance, run, until
@@ -183,6 +183,66 @@ def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(
             with pytest.raises(RuntimeError, match="a step into nothing"):
                 one.result(PATIENCE_S)
     assert near(known_sound(engine), expected)
+
+
+STEPS = {"t3": "step", "s3gen": "speak"}
+"""What each of the engine's threads does again and again."""
+
+
+@pytest.mark.parametrize("thread", STEPS)
+def test_who_waits_for_a_thread_that_dies_is_told_and_so_is_the_server(
+    thread: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine = FastEngine(models.lend("chatterbox"), "chatterbox", device="cpu", max_batch=1, keep_t3=True)
+    assert engine.broken is None
+
+    def dies(*_: Any, **__: Any) -> Any:
+        # Of those that are no Exception.
+        raise SystemExit("out of its depth")
+
+    monkeypatch.setattr(engine._t3 if thread == "t3" else engine._sound, STEPS[thread], dies)
+    with ThreadPoolExecutor(3) as pool:
+        # Of one slot: one is in hand, the others wait for it.
+        asked = [pool.submit(known_sound, engine) for _ in range(3)]
+        for one in asked:
+            with pytest.raises(EngineBroken, match=f"thread fast-{thread} has ended: SystemExit: out of its depth"):
+                one.result(PATIENCE_S)
+    assert engine.broken is not None
+    with pytest.raises(EngineBroken):
+        known_sound(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("thread", STEPS)
+def test_a_gpu_that_is_lost_is_known_though_who_asked_has_gone(
+    thread: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine = FastEngine(models.lend("chatterbox"), "chatterbox", device="cpu", max_batch=1, keep_t3=True)
+    errand = Errand()
+    begun = threading.Event()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        begun.set()
+        asking.join(PATIENCE_S)
+        raise EngineBroken("device-side assert")
+
+    def ask() -> None:
+        with pytest.raises(Dropped):
+            engine.synthesize(plain(engine), errand)
+
+    monkeypatch.setattr(engine._t3 if thread == "t3" else engine._sound, STEPS[thread], fails)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(PATIENCE_S)
+    errand.drop()
+    asking.join(PATIENCE_S)
+    run(until(lambda: engine.broken is not None))
+    assert str(engine.broken) == "device-side assert"
+    engine.close()
 
 
 def test_who_leaves_makes_room_for_who_waits(engine: "FastEngine") -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import LOOK_UP_S, EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, Refused, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -58,6 +58,8 @@ class FastEngine:
     longest_piece = LONGEST_PIECE
     tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
     speeds = (1.0, 1.0)
+    frees_beside = True
+    """Slots are never given back, and S3Gen has one batch at a time: who runs out of memory waits for nobody's."""
 
     def __init__(
         self,
@@ -127,6 +129,11 @@ class FastEngine:
         log.info(
             "fast engine: %d utterances at once, ready after %.0f s%s", self.places, time.monotonic() - began_s, held
         )
+
+    @property
+    def broken(self) -> EngineBroken | None:
+        """See ``Engine``: one of the threads is no more."""
+        return self._batch.broken or self._sounding.broken
 
     def facts(self) -> Mapping[str, object]:
         return {

@@ -60,11 +60,20 @@ def check(cards: Sequence[str], error: Exception) -> None:
         raise EngineBroken(one_line(error)) from error
 
 
+def ended(thread: str, error: BaseException) -> EngineBroken:
+    """What to tell when an engine's own ``thread`` ends of ``error``: only a new process has it again."""
+    if isinstance(error, EngineBroken):
+        return error
+    broken = EngineBroken(f"thread {thread} has ended: {one_line(error)}")
+    broken.__cause__ = error
+    return broken
+
+
 def of_the_gpu(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in ("CUDA", *FATAL))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
