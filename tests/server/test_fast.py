@@ -1,12 +1,15 @@
 """The fast engine with tiny real models: whoever speaks beside, every utterance is what it is alone."""
 
 import asyncio
+import contextlib
 import functools
+import gc
 import logging
 import random
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,6 +246,64 @@ def test_a_gpu_that_is_lost_is_known_though_who_asked_has_gone(
     run(until(lambda: engine.broken is not None))
     assert str(engine.broken) == "device-side assert"
     engine.close()
+
+
+@pytest.mark.parametrize("recorder", ["recordings", "t3"])
+@pytest.mark.parametrize("whole", ["cache", "check"])
+def test_while_a_graph_is_recorded_nobody_touches_the_whole_card(
+    recorder: str, whole: str, engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA and torch fail whoever empties the cache or waits for the card meanwhile, and the recording with it."""
+    import torch
+
+    from chatterbox_server.engines.fast import recorded
+    from chatterbox_server.engines.stock import cards, failures
+
+    happened: list[str] = []
+    recording = threading.Event()
+
+    class Graph(contextlib.AbstractContextManager[None]):
+        """As far as it is asked here; it takes until the other has had its chance."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            happened.append("begun")
+            recording.set()
+            time.sleep(0.1)
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("recorded")
+
+    stream = types.SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    for name, fake in {
+        "CUDAGraph": object,
+        "graph": Graph,
+        "current_stream": lambda: stream,
+        "empty_cache": lambda: happened.append("touched"),
+        "synchronize": lambda _: happened.append("touched"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    # It takes long enough here for a recording to be over.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+    def touch() -> None:
+        assert recording.wait(PATIENCE_S)
+        if whole == "cache":
+            cards.let_go(("cuda:0",))
+        else:
+            failures.check(("cuda:0",), ValueError("of somebody else"))
+
+    touching = threading.Thread(target=touch)
+    touching.start()
+    if recorder == "t3":
+        engine._t3._captured(engine._t3._steps[1], sort=False)
+    else:
+        studio: Any = types.SimpleNamespace(pool=None, stream=stream)
+        recorded.Recording("one", lambda x: x, torch.zeros(1), studio)._record(studio)
+    touching.join(PATIENCE_S)
+    assert happened == ["begun", "recorded", "touched"]
 
 
 def test_who_leaves_makes_room_for_who_waits(engine: "FastEngine") -> None:
