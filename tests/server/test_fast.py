@@ -6,6 +6,7 @@ import functools
 import gc
 import logging
 import random
+import shutil
 import sys
 import threading
 import time
@@ -304,6 +305,44 @@ def test_while_a_graph_is_recorded_nobody_touches_the_whole_card(
         recorded.Recording("one", lambda x: x, torch.zeros(1), studio)._record(studio)
     touching.join(PATIENCE_S)
     assert happened == ["begun", "recorded", "touched"]
+
+
+def test_known_voices_speak_while_a_new_one_is_heard_and_it_is_heard_once(
+    engine: "FastEngine", recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "new.wav"
+    shutil.copy(recordings / "low.wav", new)
+    known = plain(engine, voice=recordings / "high.wav")
+    expected = engine.synthesize(known, Errand())
+    hears, heard, go = engine.voices._heard, list[Path](), threading.Event()
+
+    def held(recording: Path) -> Any:
+        heard.append(recording)
+        assert go.wait(PATIENCE_S)
+        return hears(recording)
+
+    monkeypatch.setattr(engine.voices, "_heard", held)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(engine.synthesize, plain(engine, voice=new), Errand()) for _ in range(2)]
+        try:
+            run(until(lambda: bool(heard)))
+            with ThreadPoolExecutor(2) as others:
+                spoken = [others.submit(engine.synthesize, one, Errand()) for one in (known, plain(engine))]
+                assert near(spoken[0].result(5.0), expected)
+                assert spoken[1].result(5.0).size
+        finally:
+            go.set()
+        one, other = (each.result(PATIENCE_S) for each in asked)
+    assert near(one, other)
+    assert heard == [new]
+
+
+def test_what_t3_does_not_read_makes_no_second_manner(engine: "FastEngine") -> None:
+    """Turbo ignores exaggeration."""
+    engine._manners.clear()
+    for exaggeration in (0.1, 0.7, 1.9):
+        engine.synthesize(plain(engine, exaggeration=exaggeration), Errand())
+    assert len(engine._manners) == (3 if engine.model == "chatterbox" else 1)
 
 
 def test_who_leaves_makes_room_for_who_waits(engine: "FastEngine") -> None:

@@ -102,10 +102,10 @@ class FastEngine:
         self._model, self._kind, self._source, self._device = model, KINDS[kind], source, device
         self._placement = Placement(device, device)
         self._cards = self._placement.cards
-        # Voices and prompts: the package's own modules, which keep state.
-        self._package = threading.Lock()
+        # Around tokenizer and prompts: the package's own modules, which keep state. Voices have a lock of their own.
+        self._reads = threading.Lock()
         self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
-        self._manners: OrderedDict[tuple[int, float], tuple[Voice, Any]] = OrderedDict()
+        self._manners: OrderedDict[tuple[int, float | None], tuple[Voice, Any]] = OrderedDict()
         dtype = torch.float32 if self._exact else torch.bfloat16
         self.places = self._fitting(model.t3, dtype, max_batch)
         slots = Slots(model.t3, slots=self.places, dtype=dtype)
@@ -184,10 +184,11 @@ class FastEngine:
 
         from chatterbox_server.engines.fast import slots
 
-        with self._package, silenced(), torch.inference_mode():
+        with silenced(), torch.inference_mode():
             voice = self.voices.find(utterance.voice)
-            manner = self._manner(utterance, voice)
-            prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
+            with self._reads:
+                manner = self._manner(utterance, voice)
+                prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
             if self._on_gpu:
                 # Another stream reads it, and need not ask whether it is there.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -201,8 +202,8 @@ class FastEngine:
         """T3's conditionals, embedded; the same again for the same voice."""
         from chatterbox_server.engines.fast import slots
 
-        # The voice itself, so that no other can be where it was.
-        key = (id(voice), utterance.sampling.exaggeration)
+        # The voice itself, so that no other can be where it was; of the sampling what T3 reads before it speaks.
+        key = (id(voice), utterance.sampling.exaggeration if self._kind.expressive else None)
         if key not in self._manners:
             conditionals = kinds.conditioned(self._kind, utterance, voice.for_t3())
             self._manners[key] = (voice, slots.embedded(self._model.t3, conditionals))

@@ -1,6 +1,7 @@
 """What the model knows of a voice, each half on the device that reads it; recordings are heard once and kept."""
 
 import dataclasses
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Voice:
 
 
 class Voices:
-    """Of one model. For one thread."""
+    """Of one model. Any thread may ask: what is known is found at once, also while a recording is heard."""
 
     def __init__(self, model: Any, kind: Kind, placement: Placement, *, kept: int) -> None:
         self._model = model
@@ -51,6 +52,9 @@ class Voices:
         self._placement = placement
         self._most = kept
         self._kept: OrderedDict[tuple[Path, int, int], Voice] = OrderedDict()
+        # Around a look at what is kept; around seconds in the package's encoders and S3Gen's tokenizer, which keep
+        # state, and which nothing else uses.
+        self._looks, self._hears = threading.Lock(), threading.Lock()
         on_s3gen = {
             name: heard.to(placement.s3gen) if torch.is_tensor(heard) else heard
             for name, heard in model.conds.gen.items()
@@ -75,12 +79,22 @@ class Voices:
             reason = f"voice {recording.stem}: cannot read the recording: {error.strerror}"
             raise Refused(reason, param="voice") from None
         key = (recording, stat.st_mtime_ns, stat.st_size)
-        if key not in self._kept:
-            self._kept[key] = self._hear(recording)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        if (voice := self._known(key)) is not None:
+            return voice
+        with self._hears:
+            # Another may have heard it meanwhile.
+            voice = self._known(key) or self._hear(recording)
+            with self._looks:
+                self._kept[key] = voice
+                while len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
+        return voice
+
+    def _known(self, key: tuple[Path, int, int]) -> Voice | None:
+        with self._looks:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
     def _hear(self, recording: Path) -> Voice:
         try:
