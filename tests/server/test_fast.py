@@ -457,6 +457,26 @@ def test_as_many_are_in_hand_as_memory_holds_or_as_are_asked_for() -> None:
         fitting(8 * gib, gib // 2, 100)
 
 
+def test_what_leaves_s3gen_no_memory_is_refused_and_what_leaves_it_little_is_said() -> None:
+    from chatterbox_server.engines.fast.engine import cramped, fitting
+
+    gib = 2**30
+    # 8 GiB: 13 and the spare one leave 1 GiB, 14 half of one.
+    assert fitting(8 * gib, gib // 2, 13) == 13
+    with pytest.raises(
+        EngineError, match=r"cannot hold 14 .* and 1\.0 GiB for S3Gen.* 8\.0 GiB are free.* to 7 or less"
+    ):
+        fitting(8 * gib, gib // 2, 14)
+    with pytest.raises(EngineError, match=r"cannot hold an utterance.* 1\.2 GiB are free"):
+        fitting(int(1.2 * gib), gib // 2, 1)
+    assert fitting(140 * gib, gib // 16, 1024) == 1024
+    assert cramped(8 * gib, gib // 2, 13) == (
+        "1.0 GiB are left for S3Gen, which takes up to 6 GiB: long or many utterances may not fit; a smaller "
+        "server.max_batch leaves it more"
+    )
+    assert cramped(140 * gib, gib // 2, 64) is None
+
+
 def test_what_it_cannot_speak_it_says_and_names_who_can() -> None:
     from chatterbox_server.engines import fast
 

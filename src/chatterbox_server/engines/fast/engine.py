@@ -50,6 +50,11 @@ MANNERS_KEPT: Final = 64
 SHARE_FOR_CACHE: Final = 0.5
 """Of the memory that is free once the weights are there; the rest is S3Gen's, whose batches come and go."""
 
+LEAST_FOR_S3GEN: Final = 2**30
+"""Bytes: an utterance alone, weights aside (scripts/gpu/fast_sound.txt: 2.1 GiB reserved with them)."""
+AMPLE_FOR_S3GEN: Final = 6 * 2**30
+"""Bytes, of all that is captured: 39.75 GiB on an H200 (scripts/gpu/fast_server.txt) less 65 caches and the weights."""
+
 
 class FastEngine:
     """One model of chatterbox-tts that is already built, taken over: its T3 is left without its layers."""
@@ -289,27 +294,43 @@ class FastEngine:
         rows = 1 if t3.is_gpt else 2
         each = 2 * rows * layers * heads * head_dim * (LONGEST_PROMPT + MOST_TOKENS) * torch.finfo(dtype).bits // 8
         free, _ = torch.cuda.mem_get_info(self._device)
-        return fitting(free, each, asked)
+        places = fitting(free, each, asked)
+        if said := cramped(free, each, places):
+            log.warning("fast engine: %s", said)
+        return places
 
 
 def fitting(free_bytes: int, each_bytes: int, asked: int = 0) -> int:
     """Utterances at once, each with a cache of so many bytes; one cache more is made, that is nobody's.
 
     Raises:
-        EngineError: not as many as are ``asked`` for fit, or not a single one.
+        EngineError: not as many as are ``asked`` for fit, or not a single one, with what S3Gen needs.
     """
     fit = min(MOST_AT_ONCE, int(free_bytes * SHARE_FOR_CACHE) // each_bytes - 1)
-    each_gib, free_gib = each_bytes / 2**30, free_bytes / 2**30
-    if asked and (asked + 1) * each_bytes > free_bytes:
-        msg = (
-            f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each: {free_gib:.1f} GiB are free; "
-            f"set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
-        )
-        raise EngineError(msg)
-    if not asked and fit < 1:
+    each_gib, free_gib, least_gib = (size / 2**30 for size in (each_bytes, free_bytes, LEAST_FOR_S3GEN))
+    most = (free_bytes - LEAST_FOR_S3GEN) // each_bytes - 1
+    if most < 1 or (not asked and fit < 1):
         msg = f"cannot hold an utterance: its cache needs {each_gib:.1f} GiB, and {free_gib:.1f} GiB are free"
         raise EngineError(msg)
-    return asked or fit
+    if asked > most:
+        msg = (
+            f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each, and {least_gib:.1f} GiB for S3Gen: "
+            f"{free_gib:.1f} GiB are free; set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
+        )
+        raise EngineError(msg)
+    return asked or min(fit, most)
+
+
+def cramped(free_bytes: int, each_bytes: int, places: int) -> str | None:
+    """What to say where ``places`` utterances leave S3Gen little memory; ``None``: it has enough."""
+    left_bytes = free_bytes - (places + 1) * each_bytes
+    if left_bytes >= AMPLE_FOR_S3GEN:
+        return None
+    left_gib, ample_gib = left_bytes / 2**30, AMPLE_FOR_S3GEN / 2**30
+    return (
+        f"{left_gib:.1f} GiB are left for S3Gen, which takes up to {ample_gib:.0f} GiB: long or many utterances "
+        "may not fit; a smaller server.max_batch leaves it more"
+    )
 
 
 def unfit(device: str) -> str | None:
