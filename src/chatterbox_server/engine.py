@@ -38,6 +38,10 @@ class Refused(Exception):
         """Field of the request that is to blame."""
 
 
+class TooLong(Refused):
+    """The text cannot be read at once; a part of it may be."""
+
+
 class Dropped(Exception):
     """Nobody waits for the utterance any more; nothing went wrong."""
 
@@ -223,7 +227,7 @@ class Engine(Protocol):
 
         Raises:
             Dropped: ``errand`` was dropped. An engine of several steps checks between them.
-            Refused: the voice or another part of the utterance cannot be used.
+            Refused: the voice or another part of the utterance cannot be used; ``TooLong``, its text not at once.
             OutOfMemory: it did not fit.
             EngineBroken: the process must be replaced; whatever else is in hand is lost, too.
             EngineError: anything else. No other utterance suffers.

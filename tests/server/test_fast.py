@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chatterbox_server import speaker
 from chatterbox_server.engine import Dropped, EngineBroken, EngineError, Errand, Refused, Utterance
 from chatterbox_server.settings import Settings
 from server import tiny
@@ -379,6 +380,33 @@ def test_through_the_queue_many_are_in_hand_at_once(engine: "FastEngine") -> Non
             assert near(sound, engine.synthesize(plain(engine, seed=seed), Errand()))
 
     run(scenario())
+
+
+def test_the_longest_piece_is_spoken_whatever_its_letters_cost(
+    engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turbo reads up to three tokens for a letter that it does not know, and fewer at once than those."""
+    text = "ሰላም ለዓለም ሁሉ " * (engine.longest_piece // 13)
+    monkeypatch.setattr(engine._t3.slots, "longest_prompt", 120 if engine.model == "chatterbox" else 300)
+    with pytest.raises(Refused, match="can be read at once"):
+        engine.synthesize(plain(engine, text), Errand())
+    read: list[int] = []
+    ask = engine._batch.ask
+
+    def short(prompt: Any, *told: Any, **more: Any) -> Any:
+        read.append(prompt.length)
+        return ask(prompt, *told, **more | {"limit": 5})
+
+    monkeypatch.setattr(engine._batch, "ask", short)
+    sound = speaker.speak(engine, plain(engine, text), Errand(), lambda: None, check_duration=False)
+    assert sound.samples.size
+    assert sound.remarks == ()
+    assert len(read) > 1
+    assert max(read) <= engine._t3.slots.longest_prompt
+    # Where a crumb is too long, there is nothing to split.
+    monkeypatch.setattr(engine._t3.slots, "longest_prompt", 10)
+    with pytest.raises(Refused, match="can be read at once"):
+        speaker.speak(engine, plain(engine, text), Errand(), lambda: None, check_duration=False)
 
 
 def test_a_text_too_long_to_be_read_is_refused_in_words(engine: "FastEngine") -> None:

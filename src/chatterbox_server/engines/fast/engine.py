@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -183,7 +183,8 @@ class FastEngine:
         """Its voice, and T3 at work.
 
         Raises:
-            Refused: the recording cannot be used, or the text is too long to be read.
+            Refused: the recording cannot be used.
+            TooLong: the text is too long to be read.
         """
         import torch
 
@@ -200,7 +201,7 @@ class FastEngine:
         longest = self._t3.slots.longest_prompt
         if prompt.length > longest:
             reason = f"the text and its voice are {prompt.length} tokens, and {longest} can be read at once"
-            raise Refused(reason, param="input")
+            raise TooLong(reason, param="input")
         return voice, self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
 
     def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
