@@ -338,6 +338,38 @@ def test_known_voices_speak_while_a_new_one_is_heard_and_it_is_heard_once(
     assert heard == [new]
 
 
+def test_who_waits_for_others_new_voices_may_leave_and_makes_no_engine_seem_stuck(
+    engine: "FastEngine", recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart everybody's voice is new at once, and one is heard after another."""
+    first, second = (shutil.copy(recordings / "low.wav", tmp_path / f"{name}.wav") for name in ("first", "second"))
+    hears, heard, go = engine.voices._heard, list[Path](), threading.Event()
+
+    def held(recording: Path) -> Any:
+        heard.append(recording)
+        assert go.wait(PATIENCE_S)
+        return hears(recording)
+
+    monkeypatch.setattr(engine.voices, "_heard", held)
+    works, waits = Errand(), Errand()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            spoken = pool.submit(engine.synthesize, plain(engine, voice=first), works)
+            run(until(lambda: bool(heard)))
+            left = pool.submit(engine.synthesize, plain(engine, voice=second), waits)
+            run(until(lambda: not waits.in_the_way))
+            time.sleep(0.05)
+            assert works.idle_s(time.monotonic()) == 0.0
+            assert waits.worked_s(time.monotonic()) < 0.05 < waits.idle_s(time.monotonic() + 0.05)
+            waits.drop()
+            with pytest.raises(Dropped):
+                left.result(5.0)
+        finally:
+            go.set()
+        assert spoken.result(PATIENCE_S).size
+    assert heard == [first]
+
+
 def test_what_t3_does_not_read_makes_no_second_manner(engine: "FastEngine") -> None:
     """Turbo ignores exaggeration."""
     engine._manners.clear()

@@ -163,38 +163,40 @@ class FastEngine:
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         """See ``Engine``. What is ready before the rest is given to an ``errand`` that listens."""
+        import torch
+
         from chatterbox_server.engines.fast.sound import Take
 
         errand.make_way()
-        with errand.at_work(), failures.told(self._cards):
-            voice, line = self._begun(utterance)
-            try:
-                if errand.listens:
-                    return self._in_chunks(utterance, errand, voice, line)
-                tokens = line.wait(errand, enough=line.limit)
-                take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
-                return self._sounds(take, errand)
-            finally:
-                self._batch.leave(line)
+        with failures.told(self._cards):
+            with silenced(), torch.inference_mode():
+                voice = self.voices.find(utterance.voice, errand)
+            with errand.at_work():
+                line = self._begun(utterance, voice)
+                try:
+                    if errand.listens:
+                        return self._in_chunks(utterance, errand, voice, line)
+                    tokens = line.wait(errand, enough=line.limit)
+                    take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
+                    return self._sounds(take, errand)
+                finally:
+                    self._batch.leave(line)
 
     # -- an utterance -------------------------------------------------------------------------------------
 
-    def _begun(self, utterance: Utterance) -> "tuple[Voice, Line]":
-        """Its voice, and T3 at work.
+    def _begun(self, utterance: Utterance, voice: "Voice") -> "Line":
+        """T3 at work.
 
         Raises:
-            Refused: the recording cannot be used.
             TooLong: the text is too long to be read.
         """
         import torch
 
         from chatterbox_server.engines.fast import slots
 
-        with silenced(), torch.inference_mode():
-            voice = self.voices.find(utterance.voice)
-            with self._reads:
-                manner = self._manner(utterance, voice)
-                prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
+        with silenced(), torch.inference_mode(), self._reads:
+            manner = self._manner(utterance, voice)
+            prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
             if self._on_gpu:
                 # Another stream reads it, and need not ask whether it is there.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -202,7 +204,7 @@ class FastEngine:
         if prompt.length > longest:
             reason = f"the text and its voice are {prompt.length} tokens, and {longest} can be read at once"
             raise TooLong(reason, param="input")
-        return voice, self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
+        return self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
 
     def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
         """T3's conditionals, embedded; the same again for the same voice."""

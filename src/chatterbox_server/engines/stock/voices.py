@@ -1,8 +1,10 @@
 """What the model knows of a voice, each half on the device that reads it; recordings are heard once and kept."""
 
+import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +16,7 @@ from chatterbox.models.s3tokenizer import S3_SR
 from chatterbox.models.t3.modules.cond_enc import T3Cond
 
 from chatterbox_server import recordings
-from chatterbox_server.engine import Refused
+from chatterbox_server.engine import LOOK_UP_S, Errand, Refused
 from chatterbox_server.engines.stock import failures
 from chatterbox_server.engines.stock.kinds import Kind
 from chatterbox_server.engines.stock.placement import Placement
@@ -65,10 +67,13 @@ class Voices:
         """Recordings whose conditionals are kept; answered on any thread."""
         return len(self._kept)
 
-    def find(self, recording: Path | None) -> Voice:
+    def find(self, recording: Path | None, errand: Errand | None = None) -> Voice:
         """The voice of ``recording``, which is heard again when its file changed; the built-in one of ``None``.
 
+        ``errand``: whose it is, if it is not at work yet; it is while its recording is heard, not while others' are.
+
         Raises:
+            Dropped: ``errand`` was, before its turn.
             Refused: the recording cannot be used.
         """
         if recording is None:
@@ -81,7 +86,7 @@ class Voices:
         key = (recording, stat.st_mtime_ns, stat.st_size)
         if (voice := self._known(key)) is not None:
             return voice
-        with self._hears:
+        with self._turn(errand):
             # Another may have heard it meanwhile.
             voice = self._known(key) or self._hear(recording)
             with self._looks:
@@ -89,6 +94,17 @@ class Voices:
                 while len(self._kept) > self._most:
                     self._kept.popitem(last=False)
         return voice
+
+    @contextlib.contextmanager
+    def _turn(self, errand: Errand | None) -> Iterator[None]:
+        while not self._hears.acquire(timeout=LOOK_UP_S):
+            if errand is not None:
+                errand.check()
+        try:
+            with contextlib.nullcontext() if errand is None else errand.at_work():
+                yield
+        finally:
+            self._hears.release()
 
     def _known(self, key: tuple[Path, int, int]) -> Voice | None:
         with self._looks:
