@@ -233,6 +233,8 @@ class Sleeper:
     """All that the queue itself asks of an engine."""
 
     places = 1
+    frees_beside = True
+    broken = None
 
     def memory(self) -> None:
         pass

@@ -51,6 +51,8 @@ class TimedEngine:
     speeds = (1.0, 1.0)
     languages: tuple[str, ...] = ("en",)
     defaults = Sampling()
+    frees_beside = True
+    broken = None
 
     def __init__(self, service_s: float) -> None:
         self._service_s = service_s

@@ -83,7 +83,7 @@ class Crew:
 
         def do(engine: Engine) -> None:
             # What fails here fails again at the next utterance, where it can be told to somebody.
-            with contextlib.suppress(Exception), self._room.alone():
+            with contextlib.suppress(Exception), self._apart(engine):
                 engine.free()
             self._ask_memory(engine)
 
@@ -112,13 +112,17 @@ class Crew:
 
     def _outcome(self, engine: Engine, utterance: Utterance, errand: Errand) -> Sound | Exception:
         def free() -> None:
-            with self._room.outside(), self._room.alone():
+            with self._room.outside(), self._apart(engine):
                 engine.free()
 
         try:
             return self._speak(engine, utterance, errand, free)
         except BaseException as error:  # noqa: BLE001 (as above)
             return _told(error, "speak")
+
+    def _apart(self, engine: Engine) -> contextlib.AbstractContextManager[None]:
+        """Around ``engine.free``: what others hold is waited for, where it comes back."""
+        return contextlib.nullcontext() if engine.frees_beside else self._room.alone()
 
     def _ask_memory(self, engine: Engine) -> None:
         try:

@@ -38,6 +38,10 @@ class Refused(Exception):
         """Field of the request that is to blame."""
 
 
+class TooLong(Refused):
+    """The text cannot be read at once; a part of it may be."""
+
+
 class Dropped(Exception):
     """Nobody waits for the utterance any more; nothing went wrong."""
 
@@ -192,6 +196,13 @@ class Engine(Protocol):
     """Languages it speaks; the first is spoken when the client names none."""
     defaults: Sampling
     """What it uses for whatever the client leaves out."""
+    frees_beside: bool
+    """``free`` may be called beside utterances in hand, and gives back no less than without them."""
+
+    @property
+    def broken(self) -> EngineBroken | None:
+        """Why it will never speak again, where it knows so without being asked to; answered at once, on any thread."""
+        ...
 
     def facts(self) -> Mapping[str, object]:
         """What ``/readyz`` reports, as JSON values; answers at once, also while an utterance runs."""
@@ -202,7 +213,7 @@ class Engine(Protocol):
         ...
 
     def free(self) -> None:
-        """Give back what is cached and not in use; called while no utterance is in hand."""
+        """Give back what is cached and not in use; called while no utterance is in hand, or see ``frees_beside``."""
         ...
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
@@ -216,7 +227,7 @@ class Engine(Protocol):
 
         Raises:
             Dropped: ``errand`` was dropped. An engine of several steps checks between them.
-            Refused: the voice or another part of the utterance cannot be used.
+            Refused: the voice or another part of the utterance cannot be used; ``TooLong``, its text not at once.
             OutOfMemory: it did not fit.
             EngineBroken: the process must be replaced; whatever else is in hand is lost, too.
             EngineError: anything else. No other utterance suffers.

@@ -29,12 +29,12 @@ class Joints:
         """
         if not _is_sound(samples):
             return samples
-        loud, margin = self.loud(samples), self._margin
-        kept = samples[: 2 * margin] if loud is None else samples[loud.start : loud.stop]
+        loud, margin = self.loud(samples), self.margin
+        kept = samples[: 2 * margin] if loud is None else samples[max(0, loud.start - margin) : loud.stop + margin]
         return np.concatenate((self.faded(kept, into=True, out=True), self.pause(pause_s)))
 
     def loud(self, samples: NDArray[np.float32], loudest: float = 0.0) -> slice | None:
-        """From the first loud frame to the last, with a margin; ``None`` if there is none.
+        """From the first loud frame to the last; ``None`` if there is none.
 
         ``loudest`` is the energy of a frame that was heard before.
         """
@@ -43,8 +43,7 @@ class Joints:
         frames = np.flatnonzero(energies > max(loudest, float(energies.max())) * QUIET**2)
         if frames.size == 0:
             return None
-        begin, end = int(frames[0]) * self._frame, (int(frames[-1]) + 1) * self._frame
-        return slice(max(0, begin - self._margin), min(samples.size, end + self._margin))
+        return slice(int(frames[0]) * self._frame, min(samples.size, (int(frames[-1]) + 1) * self._frame))
 
     def energies(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
         """Of each frame."""
@@ -73,8 +72,14 @@ class Joints:
         return max(1, round(FRAME_S * self.sample_rate_hz))
 
     @property
-    def _margin(self) -> int:
+    def margin(self) -> int:
+        """Samples."""
         return round(MARGIN_S * self.sample_rate_hz)
+
+    def tail(self, silence: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As much of its end as may yet be heard before a sound, from the beginning of a frame on."""
+        begin = max(0, silence.size - 2 * self.margin - self._frame)
+        return silence[begin - begin % self._frame :].copy()
 
 
 class InParts:
@@ -86,11 +91,21 @@ class InParts:
     def __init__(self, joints: Joints) -> None:
         self._joints = joints
         self._loudest = 0.0
+        # Silence before the first sound, as far back as its margin may reach.
+        self._before = np.zeros(0, np.float32)
+        self._since = 0
+        """Samples that were heard behind the last loud frame."""
         self.begun = False
         """There was something to hear of it."""
 
     def join(self, samples: NDArray[np.float32], *, last: bool, pause_s: float) -> NDArray[np.float32]:
-        """What to hear of the next part; ``pause_s`` of silence after the ``last``. A beginning of silence is none."""
+        """What to hear of the next part; ``pause_s`` of silence after the ``last``.
+
+        A beginning of silence is kept back until there is sound to hear.
+        """
+        if self._before.size and samples.ndim == 1:
+            samples = np.concatenate((self._before, samples))
+            self._before = samples[:0]
         if last and not self.begun:
             return self._joints.join(samples, pause_s)
         if not _is_sound(samples):
@@ -98,10 +113,14 @@ class InParts:
         loud = self._joints.loud(samples, self._loudest)
         self._loudest = max(self._loudest, float(self._joints.energies(samples).max()))
         if not self.begun and loud is None:
+            self._before = self._joints.tail(samples)
             return samples[:0]
-        begin = 0 if self.begun or loud is None else loud.start
-        end = samples.size if not last else 0 if loud is None else loud.stop
-        kept = self._joints.faded(samples[begin:end], into=not self.begun, out=last)
+        margin = self._joints.margin
+        begin = 0 if self.begun or loud is None else max(0, loud.start - margin)
+        # Counted from the last loud frame, in whichever part it was.
+        end = max(0, margin - self._since) if loud is None else loud.stop + margin
+        self._since = self._since + samples.size if loud is None else samples.size - loud.stop
+        kept = self._joints.faded(samples[begin : end if last else samples.size], into=not self.begun, out=last)
         self.begun = True
         return np.concatenate((kept, self._joints.pause(pause_s))) if last else kept
 

@@ -26,6 +26,7 @@ IDLE_S: Final = 5.0
 """Without work for so long, the engine gives back the memory that it only caches (scripts/gpu/idle_cache.txt)."""
 
 STUCK: Final = "the engine is stuck"
+BROKEN: Final = "the engine is broken"
 
 
 class EngineQueue:
@@ -56,8 +57,7 @@ class EngineQueue:
         self._rest: asyncio.TimerHandle | None = None
         self._engine: Engine | None = None
         self._closed: str | None = None
-        self.broken: EngineBroken | None = None
-        """Why the engine will never speak again."""
+        self._broken: EngineBroken | None = None
         self.spoken = 0
         """Utterances so far."""
 
@@ -109,6 +109,11 @@ class EngineQueue:
         ) or longest_s < min((piece.errand.idle_s(now_s) for piece in self._in_hand), default=0.0)
 
     @property
+    def broken(self) -> EngineBroken | None:
+        """Why the engine will never speak again: as an utterance was told, or as the engine knows by itself."""
+        return self._broken or (None if self._engine is None else self._engine.broken)
+
+    @property
     def healthy(self) -> bool:
         """The engine is loaded, its threads run, and it is neither broken nor stuck."""
         return self._crew.complete and self._engine is not None and self.broken is None and not self.overdue
@@ -129,6 +134,9 @@ class EngineQueue:
     def drain(self, reason: str = "the server is stopping") -> None:
         """Begin nothing more: hand back whoever was not begun and whoever comes; finish what was begun."""
         self._closed = self._closed or reason
+        if self.broken is not None:
+            # Nothing that was begun will be finished, either.
+            self._refuse_all(BROKEN)
         self.hand_back(self._closed)
 
     def hand_back(self, reason: str) -> None:
@@ -167,6 +175,8 @@ class EngineQueue:
         """
         if self._closed is not None:
             raise Closed(self._closed, retry_after_s=1)
+        if self.broken is not None:
+            raise Closed(BROKEN, retry_after_s=1)
         if self.overdue:
             raise Closed(STUCK, retry_after_s=1)
         # For a free place nobody waits long, even if the engine begins them one by one.
@@ -295,8 +305,8 @@ class EngineQueue:
             self._on_spoken(spoken)
         elif isinstance(outcome, EngineBroken):
             self._fail(job, outcome)
-            self.broken = self.broken or outcome
-            self._refuse_all("the engine is broken")
+            self._broken = self._broken or outcome
+            self._refuse_all(BROKEN)
         else:
             job.end(piece.number, outcome)
         self.go_on()

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chatterbox_server import pace, text
-from chatterbox_server.engine import Engine, Errand, Failure, OutOfMemory, Utterance
+from chatterbox_server.engine import Engine, Errand, Failure, OutOfMemory, TooLong, Utterance
 from chatterbox_server.joints import Joints
 
 SMALLEST = 40
-"""Characters below which half a text needs hardly less memory than the whole."""
+"""Characters below which half a text needs hardly less memory than the whole, and none is too long to be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,26 @@ def _in_memory(
 ) -> tuple[NDArray[np.float32], tuple[Failure, ...]]:
     """The sound, in halves where the whole does not fit."""
     try:
-        return engine.synthesize(utterance, errand), ()
+        return _readable(engine, utterance, errand), ()
     except OutOfMemory:
         if errand.given:
             raise
     # Outside that handler, whose exception holds the frames that hold the memory.
     free()
+    return _in_halves(engine, utterance, errand), ("out_of_memory",)
+
+
+def _readable(engine: Engine, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
+    """The sound, in halves where the whole cannot be read at once: an engine may need several tokens for a letter."""
+    try:
+        return engine.synthesize(utterance, errand)
+    except TooLong:
+        if len(utterance.text) <= SMALLEST:
+            raise
+    return _in_halves(engine, utterance, errand)
+
+
+def _in_halves(engine: Engine, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
     # The second half's beginning would be heard before the first half's end.
     errand.keep_whole()
     halves = text.split(
@@ -76,10 +90,10 @@ def _in_memory(
     sounds = []
     for half in halves:
         errand.check()
-        sound = engine.synthesize(dataclasses.replace(utterance, text=half.text), errand)
+        sound = _readable(engine, dataclasses.replace(utterance, text=half.text), errand)
         # Without the pauses of the split: it would have been one breath.
         sounds.append(joints.join(sound, 0.0))
-    return np.concatenate(sounds), ("out_of_memory",)
+    return np.concatenate(sounds)
 
 
 def _plausible(engine: Engine, utterance: Utterance, samples: NDArray[np.float32]) -> bool:

@@ -49,6 +49,8 @@ class FaultyEngine:
     speeds = (1.0, 1.0)
     languages: tuple[str, ...] = ("en",)
     defaults = Sampling()
+    frees_beside = True
+    broken = None
 
     def __init__(self, fault: Path, marks: Path | None) -> None:
         self._fault = fault

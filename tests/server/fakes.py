@@ -52,6 +52,8 @@ class FakeEngine:
     speeds = (1.0, 1.0)
     languages: tuple[str, ...] = ("en", "de")
     defaults = Sampling()
+    frees_beside = False
+    broken: EngineBroken | None = None
 
     def __init__(self, *, held: bool = False, places: int = 1, in_parts: bool = False) -> None:
         self.places = places

@@ -1,12 +1,16 @@
 """The fast engine with tiny real models: whoever speaks beside, every utterance is what it is alone."""
 
 import asyncio
+import contextlib
 import functools
+import gc
 import logging
 import random
+import shutil
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +19,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import Dropped, EngineError, Errand, Refused, Utterance
+from chatterbox_server import speaker
+from chatterbox_server.engine import Dropped, EngineBroken, EngineError, Errand, Refused, Utterance
 from chatterbox_server.settings import Settings
 from server import tiny
 from server.fakes import PATIENCE_S, a_queue, an_utterance, run, until
@@ -185,6 +190,194 @@ def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(
     assert near(known_sound(engine), expected)
 
 
+STEPS = {"t3": "step", "s3gen": "speak"}
+"""What each of the engine's threads does again and again."""
+
+
+@pytest.mark.parametrize("thread", STEPS)
+def test_who_waits_for_a_thread_that_dies_is_told_and_so_is_the_server(
+    thread: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine = FastEngine(models.lend("chatterbox"), "chatterbox", device="cpu", max_batch=1, keep_t3=True)
+    assert engine.broken is None
+
+    def dies(*_: Any, **__: Any) -> Any:
+        # Of those that are no Exception.
+        raise SystemExit("out of its depth")
+
+    monkeypatch.setattr(engine._t3 if thread == "t3" else engine._sound, STEPS[thread], dies)
+    with ThreadPoolExecutor(3) as pool:
+        # Of one slot: one is in hand, the others wait for it.
+        asked = [pool.submit(known_sound, engine) for _ in range(3)]
+        for one in asked:
+            with pytest.raises(EngineBroken, match=f"thread fast-{thread} has ended: SystemExit: out of its depth"):
+                one.result(PATIENCE_S)
+    assert engine.broken is not None
+    with pytest.raises(EngineBroken):
+        known_sound(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("thread", STEPS)
+def test_a_gpu_that_is_lost_is_known_though_who_asked_has_gone(
+    thread: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatterbox_server.engines.fast import FastEngine
+
+    engine = FastEngine(models.lend("chatterbox"), "chatterbox", device="cpu", max_batch=1, keep_t3=True)
+    errand = Errand()
+    begun = threading.Event()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        begun.set()
+        asking.join(PATIENCE_S)
+        raise EngineBroken("device-side assert")
+
+    def ask() -> None:
+        with pytest.raises(Dropped):
+            engine.synthesize(plain(engine), errand)
+
+    monkeypatch.setattr(engine._t3 if thread == "t3" else engine._sound, STEPS[thread], fails)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(PATIENCE_S)
+    errand.drop()
+    asking.join(PATIENCE_S)
+    run(until(lambda: engine.broken is not None))
+    assert str(engine.broken) == "device-side assert"
+    engine.close()
+
+
+@pytest.mark.parametrize("recorder", ["recordings", "t3"])
+@pytest.mark.parametrize("whole", ["cache", "check"])
+def test_while_a_graph_is_recorded_nobody_touches_the_whole_card(
+    recorder: str, whole: str, engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA and torch fail whoever empties the cache or waits for the card meanwhile, and the recording with it."""
+    import torch
+
+    from chatterbox_server.engines.fast import recorded
+    from chatterbox_server.engines.stock import cards, failures
+
+    happened: list[str] = []
+    recording = threading.Event()
+
+    class Graph(contextlib.AbstractContextManager[None]):
+        """As far as it is asked here; it takes until the other has had its chance."""
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            happened.append("begun")
+            recording.set()
+            time.sleep(0.1)
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("recorded")
+
+    stream = types.SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    for name, fake in {
+        "CUDAGraph": object,
+        "graph": Graph,
+        "current_stream": lambda: stream,
+        "empty_cache": lambda: happened.append("touched"),
+        "synchronize": lambda _: happened.append("touched"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    # It takes long enough here for a recording to be over.
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+
+    def touch() -> None:
+        assert recording.wait(PATIENCE_S)
+        if whole == "cache":
+            cards.let_go(("cuda:0",))
+        else:
+            failures.check(("cuda:0",), ValueError("of somebody else"))
+
+    touching = threading.Thread(target=touch)
+    touching.start()
+    if recorder == "t3":
+        engine._t3._captured(engine._t3._steps[1], sort=False)
+    else:
+        studio: Any = types.SimpleNamespace(pool=None, stream=stream)
+        recorded.Recording("one", lambda x: x, torch.zeros(1), studio)._record(studio)
+    touching.join(PATIENCE_S)
+    assert happened == ["begun", "recorded", "touched"]
+
+
+def test_known_voices_speak_while_a_new_one_is_heard_and_it_is_heard_once(
+    engine: "FastEngine", recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "new.wav"
+    shutil.copy(recordings / "low.wav", new)
+    known = plain(engine, voice=recordings / "high.wav")
+    expected = engine.synthesize(known, Errand())
+    hears, heard, go = engine.voices._heard, list[Path](), threading.Event()
+
+    def held(recording: Path) -> Any:
+        heard.append(recording)
+        assert go.wait(PATIENCE_S)
+        return hears(recording)
+
+    monkeypatch.setattr(engine.voices, "_heard", held)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(engine.synthesize, plain(engine, voice=new), Errand()) for _ in range(2)]
+        try:
+            run(until(lambda: bool(heard)))
+            with ThreadPoolExecutor(2) as others:
+                spoken = [others.submit(engine.synthesize, one, Errand()) for one in (known, plain(engine))]
+                assert near(spoken[0].result(5.0), expected)
+                assert spoken[1].result(5.0).size
+        finally:
+            go.set()
+        one, other = (each.result(PATIENCE_S) for each in asked)
+    assert near(one, other)
+    assert heard == [new]
+
+
+def test_who_waits_for_others_new_voices_may_leave_and_makes_no_engine_seem_stuck(
+    engine: "FastEngine", recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a restart everybody's voice is new at once, and one is heard after another."""
+    first, second = (shutil.copy(recordings / "low.wav", tmp_path / f"{name}.wav") for name in ("first", "second"))
+    hears, heard, go = engine.voices._heard, list[Path](), threading.Event()
+
+    def held(recording: Path) -> Any:
+        heard.append(recording)
+        assert go.wait(PATIENCE_S)
+        return hears(recording)
+
+    monkeypatch.setattr(engine.voices, "_heard", held)
+    works, waits = Errand(), Errand()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            spoken = pool.submit(engine.synthesize, plain(engine, voice=first), works)
+            run(until(lambda: bool(heard)))
+            left = pool.submit(engine.synthesize, plain(engine, voice=second), waits)
+            run(until(lambda: not waits.in_the_way))
+            time.sleep(0.05)
+            assert works.idle_s(time.monotonic()) == 0.0
+            assert waits.worked_s(time.monotonic()) < 0.05 < waits.idle_s(time.monotonic() + 0.05)
+            waits.drop()
+            with pytest.raises(Dropped):
+                left.result(5.0)
+        finally:
+            go.set()
+        assert spoken.result(PATIENCE_S).size
+    assert heard == [first]
+
+
+def test_what_t3_does_not_read_makes_no_second_manner(engine: "FastEngine") -> None:
+    """Turbo ignores exaggeration."""
+    engine._manners.clear()
+    for exaggeration in (0.1, 0.7, 1.9):
+        engine.synthesize(plain(engine, exaggeration=exaggeration), Errand())
+    assert len(engine._manners) == (3 if engine.model == "chatterbox" else 1)
+
+
 def test_who_leaves_makes_room_for_who_waits(engine: "FastEngine") -> None:
     """All slots are taken by endless utterances; each ends as soon as its client has gone."""
     errands = [Errand() for _ in range(engine.places)]
@@ -219,6 +412,33 @@ def test_through_the_queue_many_are_in_hand_at_once(engine: "FastEngine") -> Non
             assert near(sound, engine.synthesize(plain(engine, seed=seed), Errand()))
 
     run(scenario())
+
+
+def test_the_longest_piece_is_spoken_whatever_its_letters_cost(
+    engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turbo reads up to three tokens for a letter that it does not know, and fewer at once than those."""
+    text = "ሰላም ለዓለም ሁሉ " * (engine.longest_piece // 13)
+    monkeypatch.setattr(engine._t3.slots, "longest_prompt", 120 if engine.model == "chatterbox" else 300)
+    with pytest.raises(Refused, match="can be read at once"):
+        engine.synthesize(plain(engine, text), Errand())
+    read: list[int] = []
+    ask = engine._batch.ask
+
+    def short(prompt: Any, *told: Any, **more: Any) -> Any:
+        read.append(prompt.length)
+        return ask(prompt, *told, **more | {"limit": 5})
+
+    monkeypatch.setattr(engine._batch, "ask", short)
+    sound = speaker.speak(engine, plain(engine, text), Errand(), lambda: None, check_duration=False)
+    assert sound.samples.size
+    assert sound.remarks == ()
+    assert len(read) > 1
+    assert max(read) <= engine._t3.slots.longest_prompt
+    # Where a crumb is too long, there is nothing to split.
+    monkeypatch.setattr(engine._t3.slots, "longest_prompt", 10)
+    with pytest.raises(Refused, match="can be read at once"):
+        speaker.speak(engine, plain(engine, text), Errand(), lambda: None, check_duration=False)
 
 
 def test_a_text_too_long_to_be_read_is_refused_in_words(engine: "FastEngine") -> None:
@@ -295,6 +515,26 @@ def test_as_many_are_in_hand_as_memory_holds_or_as_are_asked_for() -> None:
         fitting(gib, gib // 2)
     with pytest.raises(EngineError, match=r"cannot hold 100 .*set server\.max_batch to 7 or less"):
         fitting(8 * gib, gib // 2, 100)
+
+
+def test_what_leaves_s3gen_no_memory_is_refused_and_what_leaves_it_little_is_said() -> None:
+    from chatterbox_server.engines.fast.engine import cramped, fitting
+
+    gib = 2**30
+    # 8 GiB: 13 and the spare one leave 1 GiB, 14 half of one.
+    assert fitting(8 * gib, gib // 2, 13) == 13
+    with pytest.raises(
+        EngineError, match=r"cannot hold 14 .* and 1\.0 GiB for S3Gen.* 8\.0 GiB are free.* to 7 or less"
+    ):
+        fitting(8 * gib, gib // 2, 14)
+    with pytest.raises(EngineError, match=r"cannot hold an utterance.* 1\.2 GiB are free"):
+        fitting(int(1.2 * gib), gib // 2, 1)
+    assert fitting(140 * gib, gib // 16, 1024) == 1024
+    assert cramped(8 * gib, gib // 2, 13) == (
+        "1.0 GiB are left for S3Gen, which takes up to 6 GiB: long or many utterances may not fit; a smaller "
+        "server.max_batch leaves it more"
+    )
+    assert cramped(140 * gib, gib // 2, 64) is None
 
 
 def test_what_it_cannot_speak_it_says_and_names_who_can() -> None:

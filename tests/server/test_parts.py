@@ -162,13 +162,22 @@ def test_silence_between_two_parts_stays() -> None:
     assert joined(loud(0.1), quiet(0.2), loud(0.1)).size == round(0.4 * RATE_HZ)
 
 
-def test_a_beginning_of_silence_is_not_waited_for() -> None:
-    assert joined(quiet(0.5), loud(0.2)).size == round(0.2 * RATE_HZ)
+def test_a_beginning_of_silence_leaves_the_margin_that_a_whole_keeps() -> None:
+    for parts in ((quiet(0.5), loud(0.2)), (quiet(0.013), quiet(0.3), quiet(0.0001), loud(0.2), loud(0.1))):
+        assert np.array_equal(joined(*parts), JOINTS.join(np.concatenate(parts), 0.0))
 
 
-def test_an_end_of_silence_is_none() -> None:
+def test_an_end_of_silence_leaves_the_margin_that_a_whole_keeps() -> None:
     """What is faint beside what was heard before is silence, though it is the loudest of its part."""
-    assert joined(loud(0.2), 1e-4 * loud(0.3)).size == round(0.2 * RATE_HZ)
+    for parts in ((loud(0.2), 1e-4 * loud(0.3)), (loud(0.2), quiet(0.02), quiet(0.3))):
+        assert np.array_equal(joined(*parts), JOINTS.join(np.concatenate(parts), 0.0))
+    # What has left is not taken back.
+    assert joined(loud(0.2), quiet(0.2), quiet(0.3)).size == round(0.4 * RATE_HZ)
+
+
+def test_parts_of_silence_alone_leave_what_a_whole_does() -> None:
+    for parts in ((quiet(0.3), quiet(0.4)), (quiet(0.3), quiet(0.0))):
+        assert np.array_equal(joined(*parts), JOINTS.join(np.concatenate(parts), 0.0))
 
 
 # -- HTTP -------------------------------------------------------------------------------------------------

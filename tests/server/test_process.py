@@ -166,15 +166,21 @@ def test_watchdog_pings_stop_while_the_engine_hangs(tmp_path: Path) -> None:
 
 
 WITH_A_FAKE_ENGINE = """
-import sys
+import sys, threading
 from chatterbox_server import __main__, engines
+from chatterbox_server.engine import EngineBroken
 from server.fakes import FakeEngine
 
 class Engine(FakeEngine):
     def synthesize(self, utterance, errand):
         if utterance.text == "grow":
             self.grown = b"x" * 400_000_000
+        if utterance.text == "fine until later":
+            threading.Timer(0.1, self.give_up).start()
         return super().synthesize(utterance, errand)
+
+    def give_up(self):
+        self.broken = EngineBroken("thread fast-t3 has ended")
 
 engines.load = lambda settings: Engine()
 sys.exit(__main__.main())
@@ -197,6 +203,15 @@ def test_a_broken_engine_answers_503_and_ends_the_process_with_its_own_status(tm
     assert instance.process.returncode == 70
     assert log.count("the engine is broken, ending the process: device-side assert") == 1
     assert "Traceback" not in log
+
+
+def test_an_engine_that_breaks_while_nobody_asks_ends_the_process_too(tmp_path: Path) -> None:
+    with an_instance(tmp_path, **FAKE) as instance:
+        instance.wait_told("READY=1")
+        assert say(instance, "fine until later").status_code == 200
+        _, log = instance.process.communicate(timeout=PATIENCE_S)
+    assert instance.process.returncode == 70
+    assert log.count("the engine is broken, ending the process: thread fast-t3 has ended") == 1
 
 
 def test_a_process_that_has_grown_too_large_drains_and_ends_with_its_own_status(tmp_path: Path) -> None:

@@ -181,6 +181,28 @@ def test_a_broken_engine_is_told_to_who_broke_it_and_refuses_everyone_else() -> 
     run(scenario())
 
 
+def test_an_engine_that_breaks_while_it_rests_is_known_at_once_and_nobody_waits_for_it() -> None:
+    """As when a thread of its own has died: nobody was being spoken who could tell."""
+
+    async def scenario() -> None:
+        async with a_queue(FakeEngine(held=True)) as queue:
+            assert isinstance(queue.engine, FakeEngine)
+            async with queue.admit([an_utterance(str(number)) for number in range(9)]) as book:
+                pieces = aiter(book)
+                queue.engine.let_go(AHEAD)
+                await until(lambda: not queue.running)
+                assert queue.healthy
+                queue.engine.broken = EngineBroken("a thread has ended")
+                assert not queue.healthy
+                with pytest.raises(Closed, match="the engine is broken"):
+                    await whole(queue, "comes")
+                queue.drain()
+                with pytest.raises(Closed, match="the engine is broken"):
+                    assert [piece async for piece in pieces] == []
+
+    run(scenario())
+
+
 def test_the_engine_is_loaded_and_called_on_one_thread_that_is_not_the_loops() -> None:
     class Threaded(FakeEngine):
         def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:

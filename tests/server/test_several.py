@@ -22,8 +22,9 @@ from server.fakes import PATIENCE_S, FakeEngine, a_queue, an_utterance, noise, r
 class Gates(FakeEngine):
     """Each utterance waits for its own gate, and meanwhile asks whether anybody waits for it."""
 
-    def __init__(self, *, places: int, makes_way: bool = True) -> None:
+    def __init__(self, *, places: int, makes_way: bool = True, frees_beside: bool = False) -> None:
         super().__init__(places=places)
+        self.frees_beside = frees_beside
         self.inside = 0
         self.opened: set[str] = set()
         self._makes_way = makes_way
@@ -35,7 +36,7 @@ class Gates(FakeEngine):
             self._changed.notify_all()
 
     def free(self) -> None:
-        assert not self.inside
+        assert self.frees_beside or not self.inside
         super().free()
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
@@ -239,6 +240,28 @@ def test_memory_is_given_back_when_nothing_else_is_in_hand() -> None:
             assert bytes_of(await other) == sounds("other")
             assert bytes_of(await comes) == sounds("comes")
             assert engine.freed == 1
+
+    run(scenario())
+
+
+def test_where_waiting_would_free_nothing_who_runs_out_of_memory_stops_nobody_else() -> None:
+    async def scenario() -> None:
+        engine = Gates(places=3, frees_beside=True)
+        text = "This one sentence is too long for the memory, its halves are not."
+        async with a_queue(engine) as queue:
+            short, other = asked(queue, text), asked(queue, "other")
+            await until(lambda: begun(engine) == {text, "other"})
+            engine.open(text)
+            # It goes on with its halves, and whoever comes is spoken, while the other is still in hand.
+            await until(lambda: engine.freed == 1 and engine.inside == 2)
+            engine.open("comes")
+            assert bytes_of(await asked(queue, "comes")) == sounds("comes")
+            assert not other.done()
+            engine.open("all")
+            with pytest.raises(OutOfMemory):
+                # Its first half has the word in it, too.
+                await short
+            assert bytes_of(await other) == sounds("other")
 
     run(scenario())
 

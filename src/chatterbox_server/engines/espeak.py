@@ -32,6 +32,8 @@ class EspeakEngine:
     tokens_per_audio_s: float | None = None
     speeds = (0.5, 2.5)
     defaults = Sampling()
+    frees_beside = True
+    broken = None
 
     def __init__(self, program: str, version: str, languages: tuple[str, ...]) -> None:
         self._program = program

@@ -13,10 +13,13 @@ from typing import Final
 
 import torch
 
-from chatterbox_server.engine import LOOK_UP_S, EngineError, Errand, Sampling
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, Sampling
 from chatterbox_server.engines.fast import sampling as rules
 from chatterbox_server.engines.fast.slots import CHUNK, Bite, Prompt
 from chatterbox_server.engines.fast.t3 import READERS, T3, Work
+from chatterbox_server.engines.stock import failures
+
+THREAD: Final = "fast-t3"
 
 AHEAD: Final = 3
 """Works that are on their way before the first of them has been heard."""
@@ -94,20 +97,23 @@ class Batch:
         self._around, self._told = around, told
         self._changed = threading.Condition()
         self._asked: deque[Line] = deque()
-        self._closed = False
+        self._over: EngineError | None = None
         self._free = list(reversed(range(t3.slots.slots)))
         self._in_hand: list[Line] = []
         self._on_way: deque[tuple[Work, tuple[Line, ...]]] = deque()
-        self._thread = threading.Thread(target=self._work, name="fast-t3", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name=THREAD, daemon=True).start()
+
+    @property
+    def broken(self) -> EngineBroken | None:
+        """Why the thread is no more, if nobody closed it."""
+        return self._over if isinstance(self._over, EngineBroken) else None
 
     def ask(self, prompt: Prompt, seed: int, sampling: Sampling, *, limit: int) -> Line:
         """Begin an utterance of at most ``limit`` tokens, the one that ends it among them."""
         line = Line(prompt, seed, sampling, limit)
         with self._changed:
-            if self._closed:
-                msg = "the engine is closed"
-                raise EngineError(msg)
+            if self._over is not None:
+                raise self._over
             self._asked.append(line)
             self._changed.notify()
         return line
@@ -121,27 +127,33 @@ class Batch:
     def close(self) -> None:
         """End the thread; what is in hand fails."""
         with self._changed:
-            self._closed = True
+            self._over = self._over or EngineError("the engine is closed")
             self._changed.notify()
 
     # -- on the thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with self._around(), torch.inference_mode():
-            while self._wait():
-                try:
-                    with self._told():
-                        self._turn()
-                except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
-                    self._fail(error)
+        try:
+            with self._around(), torch.inference_mode():
+                while self._wait():
+                    try:
+                        with self._told():
+                            self._turn()
+                    except EngineBroken:
+                        raise
+                    except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
+                        self._fail(error)
+        except BaseException as error:  # noqa: BLE001 (as above)
+            with self._changed:
+                self._over = failures.ended(THREAD, error)
         for line in (*self._in_hand, *self._asked):
-            line.end(EngineError("the engine is closed"))
+            line.end(self._over)
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there ever will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._asked or self._in_hand or self._on_way or self._closed)
-            return not self._closed
+            self._changed.wait_for(lambda: self._asked or self._in_hand or self._on_way or self._over)
+            return self._over is None
 
     def _turn(self) -> None:
         self._let_go()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import LOOK_UP_S, EngineError, Errand, GpuMemory, Refused, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -50,6 +50,11 @@ MANNERS_KEPT: Final = 64
 SHARE_FOR_CACHE: Final = 0.5
 """Of the memory that is free once the weights are there; the rest is S3Gen's, whose batches come and go."""
 
+LEAST_FOR_S3GEN: Final = 2**30
+"""Bytes: an utterance alone, weights aside (scripts/gpu/fast_sound.txt: 2.1 GiB reserved with them)."""
+AMPLE_FOR_S3GEN: Final = 6 * 2**30
+"""Bytes, of all that is captured: 39.75 GiB on an H200 (scripts/gpu/fast_server.txt) less 65 caches and the weights."""
+
 
 class FastEngine:
     """One model of chatterbox-tts that is already built, taken over: its T3 is left without its layers."""
@@ -58,6 +63,8 @@ class FastEngine:
     longest_piece = LONGEST_PIECE
     tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
     speeds = (1.0, 1.0)
+    frees_beside = True
+    """Slots are never given back, and S3Gen has one batch at a time: who runs out of memory waits for nobody's."""
 
     def __init__(
         self,
@@ -100,10 +107,10 @@ class FastEngine:
         self._model, self._kind, self._source, self._device = model, KINDS[kind], source, device
         self._placement = Placement(device, device)
         self._cards = self._placement.cards
-        # Voices and prompts: the package's own modules, which keep state.
-        self._package = threading.Lock()
+        # Around tokenizer and prompts: the package's own modules, which keep state. Voices have a lock of their own.
+        self._reads = threading.Lock()
         self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
-        self._manners: OrderedDict[tuple[int, float], tuple[Voice, Any]] = OrderedDict()
+        self._manners: OrderedDict[tuple[int, float | None], tuple[Voice, Any]] = OrderedDict()
         dtype = torch.float32 if self._exact else torch.bfloat16
         self.places = self._fitting(model.t3, dtype, max_batch)
         slots = Slots(model.t3, slots=self.places, dtype=dtype)
@@ -128,6 +135,11 @@ class FastEngine:
             "fast engine: %d utterances at once, ready after %.0f s%s", self.places, time.monotonic() - began_s, held
         )
 
+    @property
+    def broken(self) -> EngineBroken | None:
+        """See ``Engine``: one of the threads is no more."""
+        return self._batch.broken or self._sounding.broken
+
     def facts(self) -> Mapping[str, object]:
         return {
             "weights": self._source,
@@ -151,34 +163,38 @@ class FastEngine:
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:
         """See ``Engine``. What is ready before the rest is given to an ``errand`` that listens."""
+        import torch
+
         from chatterbox_server.engines.fast.sound import Take
 
         errand.make_way()
-        with errand.at_work(), failures.told(self._cards):
-            voice, line = self._begun(utterance)
-            try:
-                if errand.listens:
-                    return self._in_chunks(utterance, errand, voice, line)
-                tokens = line.wait(errand, enough=line.limit)
-                take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
-                return self._sounds(take, errand)
-            finally:
-                self._batch.leave(line)
+        with failures.told(self._cards):
+            with silenced(), torch.inference_mode():
+                voice = self.voices.find(utterance.voice, errand)
+            with errand.at_work():
+                line = self._begun(utterance, voice)
+                try:
+                    if errand.listens:
+                        return self._in_chunks(utterance, errand, voice, line)
+                    tokens = line.wait(errand, enough=line.limit)
+                    take = Take(tokens=self._speech(tokens), voice=voice.s3gen, seed=utterance.seed)
+                    return self._sounds(take, errand)
+                finally:
+                    self._batch.leave(line)
 
     # -- an utterance -------------------------------------------------------------------------------------
 
-    def _begun(self, utterance: Utterance) -> "tuple[Voice, Line]":
-        """Its voice, and T3 at work.
+    def _begun(self, utterance: Utterance, voice: "Voice") -> "Line":
+        """T3 at work.
 
         Raises:
-            Refused: the recording cannot be used, or the text is too long to be read.
+            TooLong: the text is too long to be read.
         """
         import torch
 
         from chatterbox_server.engines.fast import slots
 
-        with self._package, silenced(), torch.inference_mode():
-            voice = self.voices.find(utterance.voice)
+        with silenced(), torch.inference_mode(), self._reads:
             manner = self._manner(utterance, voice)
             prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
             if self._on_gpu:
@@ -187,15 +203,15 @@ class FastEngine:
         longest = self._t3.slots.longest_prompt
         if prompt.length > longest:
             reason = f"the text and its voice are {prompt.length} tokens, and {longest} can be read at once"
-            raise Refused(reason, param="input")
-        return voice, self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
+            raise TooLong(reason, param="input")
+        return self._batch.ask(prompt, utterance.seed, utterance.sampling, limit=MOST_TOKENS)
 
     def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
         """T3's conditionals, embedded; the same again for the same voice."""
         from chatterbox_server.engines.fast import slots
 
-        # The voice itself, so that no other can be where it was.
-        key = (id(voice), utterance.sampling.exaggeration)
+        # The voice itself, so that no other can be where it was; of the sampling what T3 reads before it speaks.
+        key = (id(voice), utterance.sampling.exaggeration if self._kind.expressive else None)
         if key not in self._manners:
             conditionals = kinds.conditioned(self._kind, utterance, voice.for_t3())
             self._manners[key] = (voice, slots.embedded(self._model.t3, conditionals))
@@ -281,27 +297,43 @@ class FastEngine:
         rows = 1 if t3.is_gpt else 2
         each = 2 * rows * layers * heads * head_dim * (LONGEST_PROMPT + MOST_TOKENS) * torch.finfo(dtype).bits // 8
         free, _ = torch.cuda.mem_get_info(self._device)
-        return fitting(free, each, asked)
+        places = fitting(free, each, asked)
+        if said := cramped(free, each, places):
+            log.warning("fast engine: %s", said)
+        return places
 
 
 def fitting(free_bytes: int, each_bytes: int, asked: int = 0) -> int:
     """Utterances at once, each with a cache of so many bytes; one cache more is made, that is nobody's.
 
     Raises:
-        EngineError: not as many as are ``asked`` for fit, or not a single one.
+        EngineError: not as many as are ``asked`` for fit, or not a single one, with what S3Gen needs.
     """
     fit = min(MOST_AT_ONCE, int(free_bytes * SHARE_FOR_CACHE) // each_bytes - 1)
-    each_gib, free_gib = each_bytes / 2**30, free_bytes / 2**30
-    if asked and (asked + 1) * each_bytes > free_bytes:
-        msg = (
-            f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each: {free_gib:.1f} GiB are free; "
-            f"set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
-        )
-        raise EngineError(msg)
-    if not asked and fit < 1:
+    each_gib, free_gib, least_gib = (size / 2**30 for size in (each_bytes, free_bytes, LEAST_FOR_S3GEN))
+    most = (free_bytes - LEAST_FOR_S3GEN) // each_bytes - 1
+    if most < 1 or (not asked and fit < 1):
         msg = f"cannot hold an utterance: its cache needs {each_gib:.1f} GiB, and {free_gib:.1f} GiB are free"
         raise EngineError(msg)
-    return asked or fit
+    if asked > most:
+        msg = (
+            f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each, and {least_gib:.1f} GiB for S3Gen: "
+            f"{free_gib:.1f} GiB are free; set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
+        )
+        raise EngineError(msg)
+    return asked or min(fit, most)
+
+
+def cramped(free_bytes: int, each_bytes: int, places: int) -> str | None:
+    """What to say where ``places`` utterances leave S3Gen little memory; ``None``: it has enough."""
+    left_bytes = free_bytes - (places + 1) * each_bytes
+    if left_bytes >= AMPLE_FOR_S3GEN:
+        return None
+    left_gib, ample_gib = left_bytes / 2**30, AMPLE_FOR_S3GEN / 2**30
+    return (
+        f"{left_gib:.1f} GiB are left for S3Gen, which takes up to {ample_gib:.0f} GiB: long or many utterances "
+        "may not fit; a smaller server.max_batch leaves it more"
+    )
 
 
 def unfit(device: str) -> str | None:

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from chatterbox_server.engines.stock import cards
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ class Recording(Generic[T]):
         try:
             # Other threads may be at work on the same card: only what this one does may not disturb the recording.
             with (
+                cards.undisturbed,
                 settings(),
                 torch.cuda.graph(graph, pool=studio.pool, stream=studio.stream, capture_error_mode="thread_local"),
             ):

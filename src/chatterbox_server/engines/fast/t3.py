@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from chatterbox_server.engines.fast.slots import CHUNK, Bite, Chosen, Slots
+from chatterbox_server.engines.stock import cards
 
 READERS: Final = (1, 4, 8)
 """Prompts that are read together."""
@@ -130,7 +131,10 @@ class T3:
             size.work(sort)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            cards.undisturbed,
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             chosen = size.work(sort)
         for tensor, before in zip(size.inputs, held, strict=True):
             tensor.copy_(before)

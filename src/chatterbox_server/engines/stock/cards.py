@@ -1,10 +1,16 @@
 """What torch says of the GPUs that an engine uses, and what it gives back to them."""
 
 import gc
+import threading
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Final
 
 from chatterbox_server.engine import GpuMemory
+
+undisturbed: Final = threading.RLock()
+"""Held while a CUDA graph is recorded, and while a whole card is waited for or its cache emptied: CUDA and torch fail
+the one for the other, on whichever threads and streams they are."""
 
 
 def memory(cards: Sequence[str]) -> GpuMemory | None:
@@ -32,7 +38,8 @@ def let_go(cards: Sequence[str]) -> None:
 
     gc.collect()
     if cards:
-        torch.cuda.empty_cache()
+        with undisturbed:
+            torch.cuda.empty_cache()
 
 
 def facts(cards: Sequence[str]) -> Mapping[str, object]:

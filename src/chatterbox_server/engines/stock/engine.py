@@ -43,6 +43,9 @@ class StockEngine:
     longest_piece = LONGEST_PIECE
     tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
     speeds = (1.0, 1.0)
+    frees_beside = False
+    """What stages beside hold comes back with their end, and may be most of what there is."""
+    broken = None
 
     def __init__(
         self,

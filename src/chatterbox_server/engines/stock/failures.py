@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from chatterbox_server.engine import Dropped, EngineBroken, OutOfMemory, Refused
+from chatterbox_server.engines.stock import cards
 
 FATAL: Final = (
     "CUBLAS_STATUS",
@@ -18,8 +19,8 @@ FATAL: Final = (
 
 
 @contextlib.contextmanager
-def told(cards: Sequence[str]) -> Iterator[None]:
-    """Around work on ``cards``, none for work on the CPU alone.
+def told(used: Sequence[str]) -> Iterator[None]:
+    """Around work on the cards in ``used``, none for work on the CPU alone.
 
     Raises:
         OutOfMemory, EngineBroken: for what was raised; anything else passes as it is.
@@ -37,12 +38,12 @@ def told(cards: Sequence[str]) -> Iterator[None]:
             msg = f"the GPU is out of memory: {one_line(error)}"
             raise OutOfMemory(msg) from error
         if not isinstance(error, Refused | Dropped):
-            check(cards, error)
+            check(used, error)
         raise
 
 
-def check(cards: Sequence[str], error: Exception) -> None:
-    """Whether the cards still work after ``error``: a device-side assert fails every later call, too.
+def check(used: Sequence[str], error: Exception) -> None:
+    """Whether the cards in use still work after ``error``: a device-side assert fails every later call, too.
 
     cuBLAS and cuDNN may fail for good (a lost handle) while the context lives: those are known by their words.
 
@@ -52,12 +53,22 @@ def check(cards: Sequence[str], error: Exception) -> None:
     import torch
 
     try:
-        for card in cards:
-            torch.cuda.synchronize(card)
+        for card in used:
+            with cards.undisturbed:
+                torch.cuda.synchronize(card)
     except RuntimeError:
         raise EngineBroken(one_line(error)) from error
-    if cards and any(fatal in str(error) for fatal in FATAL):
+    if used and any(fatal in str(error) for fatal in FATAL):
         raise EngineBroken(one_line(error)) from error
+
+
+def ended(thread: str, error: BaseException) -> EngineBroken:
+    """What to tell when an engine's own ``thread`` ends of ``error``: only a new process has it again."""
+    if isinstance(error, EngineBroken):
+        return error
+    broken = EngineBroken(f"thread {thread} has ended: {one_line(error)}")
+    broken.__cause__ = error
+    return broken
 
 
 def of_the_gpu(error: Exception) -> bool:
@@ -66,5 +77,5 @@ def of_the_gpu(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in ("CUDA", *FATAL))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -1,7 +1,10 @@
 """What the model knows of a voice, each half on the device that reads it; recordings are heard once and kept."""
 
+import contextlib
 import dataclasses
+import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +16,7 @@ from chatterbox.models.s3tokenizer import S3_SR
 from chatterbox.models.t3.modules.cond_enc import T3Cond
 
 from chatterbox_server import recordings
-from chatterbox_server.engine import Refused
+from chatterbox_server.engine import LOOK_UP_S, Errand, Refused
 from chatterbox_server.engines.stock import failures
 from chatterbox_server.engines.stock.kinds import Kind
 from chatterbox_server.engines.stock.placement import Placement
@@ -43,7 +46,7 @@ class Voice:
 
 
 class Voices:
-    """Of one model. For one thread."""
+    """Of one model. Any thread may ask: what is known is found at once, also while a recording is heard."""
 
     def __init__(self, model: Any, kind: Kind, placement: Placement, *, kept: int) -> None:
         self._model = model
@@ -51,6 +54,9 @@ class Voices:
         self._placement = placement
         self._most = kept
         self._kept: OrderedDict[tuple[Path, int, int], Voice] = OrderedDict()
+        # Around a look at what is kept; around seconds in the package's encoders and S3Gen's tokenizer, which keep
+        # state, and which nothing else uses.
+        self._looks, self._hears = threading.Lock(), threading.Lock()
         on_s3gen = {
             name: heard.to(placement.s3gen) if torch.is_tensor(heard) else heard
             for name, heard in model.conds.gen.items()
@@ -61,10 +67,13 @@ class Voices:
         """Recordings whose conditionals are kept; answered on any thread."""
         return len(self._kept)
 
-    def find(self, recording: Path | None) -> Voice:
+    def find(self, recording: Path | None, errand: Errand | None = None) -> Voice:
         """The voice of ``recording``, which is heard again when its file changed; the built-in one of ``None``.
 
+        ``errand``: whose it is, if it is not at work yet; it is while its recording is heard, not while others' are.
+
         Raises:
+            Dropped: ``errand`` was, before its turn.
             Refused: the recording cannot be used.
         """
         if recording is None:
@@ -75,12 +84,33 @@ class Voices:
             reason = f"voice {recording.stem}: cannot read the recording: {error.strerror}"
             raise Refused(reason, param="voice") from None
         key = (recording, stat.st_mtime_ns, stat.st_size)
-        if key not in self._kept:
-            self._kept[key] = self._hear(recording)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        if (voice := self._known(key)) is not None:
+            return voice
+        with self._turn(errand):
+            # Another may have heard it meanwhile.
+            voice = self._known(key) or self._hear(recording)
+            with self._looks:
+                self._kept[key] = voice
+                while len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
+        return voice
+
+    @contextlib.contextmanager
+    def _turn(self, errand: Errand | None) -> Iterator[None]:
+        while not self._hears.acquire(timeout=LOOK_UP_S):
+            if errand is not None:
+                errand.check()
+        try:
+            with contextlib.nullcontext() if errand is None else errand.at_work():
+                yield
+        finally:
+            self._hears.release()
+
+    def _known(self, key: tuple[Path, int, int]) -> Voice | None:
+        with self._looks:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
     def _hear(self, recording: Path) -> Voice:
         try:
