@@ -121,17 +121,18 @@ def make_attentive_to_text(t3: Any) -> None:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator,unused-ignore]
-def make_watchful(t3: Any, *, ends: bool = True) -> None:
+def make_watchful(t3: Any, *, sharp: float = 30.0, ends: bool = True) -> None:
     """Have multilingual's watched heads look at one token of the text or another, so that all of its rules decide.
 
-    For weights that were taught to stop. Without ``ends`` only those rules end an utterance.
+    For weights that were taught to stop; at the real size 3 is about as ``sharp`` as 30 at a tiny one. Without
+    ``ends`` only those rules end an utterance.
     """
     size = t3.cfg.hidden_size // t3.cfg.num_attention_heads
     for layer, head in LLAMA_ALIGNED_HEADS:
         attention = t3.tfmr.layers[layer].self_attn
         rows, slowest = slice(head * size, (head + 1) * size), head * size + size // 2 - 1
         for weight, (mark, _) in ((attention.q_proj.weight, _SPEECH), (attention.k_proj.weight, _TEXT)):
-            weight[rows] *= 30
+            weight[rows] *= sharp
             weight[rows, :_RESERVED] = 0
             # A channel that hardly turns with the position: whatever speaks looks at text alone.
             weight[slowest] = 0
