@@ -115,7 +115,7 @@ def an_alignment(utterances: list[Told]) -> "Alignment":
 
 
 def test_every_verdict_is_the_packages_whatever_is_seen(models: Models, caplog: pytest.LogCaptureFixture) -> None:
-    """48 utterances of 60 turns in one batch, of which some sit out at every turn."""
+    """48 slots, 60 turns: at every one some sit out, and a slot is given to another utterance."""
     import torch
 
     assert models
@@ -128,7 +128,12 @@ def test_every_verdict_is_the_packages_whatever_is_seen(models: Models, caplog: 
     for number, one in enumerate(utterances):
         assert int(alignment.verdicts[number]) == one.look(one.attention())[0]
         one.choose()
-    for _ in range(60):
+    for turn in range(60):
+        for number in range(max(turn - 12, 0), turn - 11):
+            utterances[number] = one = Told(dice.randint(0, 9), dice.randint(6, 30), 1000 * turn + number)
+            alignment.begin(torch.tensor([number]), torch.tensor([one.begin]), torch.tensor([one.text]))
+            assert int(alignment.verdicts[number]) == one.look(one.attention())[0]
+            one.choose()
         alive = torch.tensor([dice.random() < 0.9 for _ in utterances])
         attention = torch.stack([one.attention() for one in utterances])
         last = torch.tensor([one.chosen[-1] for one in utterances])
