@@ -32,6 +32,7 @@ from chatterbox.models.s3gen.s3gen import (
 )
 from chatterbox.models.s3gen.transformer.upsample_encoder import PreLookaheadLayer, Upsample1D
 from chatterbox.models.t3 import T3
+from chatterbox.models.t3.inference.alignment_stream_analyzer import LLAMA_ALIGNED_HEADS
 from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.models.t3.modules.cond_enc import T3Cond
 from chatterbox.models.t3.modules.t3_config import T3Config
@@ -117,6 +118,27 @@ def make_attentive_to_text(t3: Any) -> None:
     """Give back to text, beside its position's loud mark, the weight that guidance acts by."""
     if not t3.is_gpt:
         t3.text_emb.weight.mul_(10)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator,unused-ignore]
+def make_watchful(t3: Any, *, sharp: float = 30.0, ends: bool = True) -> None:
+    """Have multilingual's watched heads look at one token of the text or another, so that all of its rules decide.
+
+    For weights that were taught to stop; at the real size 3 is about as ``sharp`` as 30 at a tiny one. Without
+    ``ends`` only those rules end an utterance.
+    """
+    size = t3.cfg.hidden_size // t3.cfg.num_attention_heads
+    for layer, head in LLAMA_ALIGNED_HEADS:
+        attention = t3.tfmr.layers[layer].self_attn
+        rows, slowest = slice(head * size, (head + 1) * size), head * size + size // 2 - 1
+        for weight, (mark, _) in ((attention.q_proj.weight, _SPEECH), (attention.k_proj.weight, _TEXT)):
+            weight[rows] *= sharp
+            weight[rows, :_RESERVED] = 0
+            # A channel that hardly turns with the position: whatever speaks looks at text alone.
+            weight[slowest] = 0
+            weight[slowest, mark] = 4
+    if not ends:
+        t3.speech_head.weight[t3.hp.stop_speech_token] = 0
 
 
 def write_full(

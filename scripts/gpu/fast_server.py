@@ -189,7 +189,7 @@ LIMITS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="chatterbox", choices=("chatterbox", "turbo"))
+    parser.add_argument("--model", default="chatterbox", choices=("chatterbox", "turbo", "multilingual"))
     parser.add_argument("--only", default="streams,together,growth,stock")
     parser.add_argument("--keep", type=Path, help="a directory for what bench, report and monitor say of the servers")
     asked = parser.parse_args()

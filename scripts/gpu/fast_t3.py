@@ -2,18 +2,22 @@
 
     python scripts/gpu/fast_t3.py | tee scripts/gpu/fast_t3.txt
     python scripts/gpu/fast_t3.py turbo
+    python scripts/gpu/fast_t3.py multilingual
     python scripts/gpu/fast_t3.py --only speed,profile
 
 Weights are random at full size: the arithmetic, memory and time of the real model. Every utterance is as long as it is
-told to be. Beside each step's time stands its floor: the bytes of weights, keys and values that it has to read, over
-the bandwidth of a large copy, measured here. Fails if in float32 a token differs from the package's own loop.
+told to be; multilingual's end also where its alignment says so, by weights that make it say so. Beside each step's time
+stands its floor: the bytes of weights, keys and values that it has to read, over the bandwidth of a large copy,
+measured here. Fails if in float32 a token differs from the package's own loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,6 +32,7 @@ os.environ["TQDM_DISABLE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from chatterbox.models import t3 as package
+from chatterbox.models.t3.inference import alignment_stream_analyzer
 from scripts import tiny_model
 
 from chatterbox_server.engine import Sampling
@@ -41,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TEXT_TOKENS = 141
+SHORT_TEXT_TOKENS = 12
+"""So few are said within the tokens that are compared."""
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 GUIDED = (
     Sampling(),
@@ -48,6 +55,8 @@ GUIDED = (
     Sampling(temperature=1.3, cfg_weight=1.0, min_p=0.2, repetition_penalty=2.0),
     Sampling(temperature=0.6, top_p=0.8),
 )
+# Cold and without a penalty it says the same token twice.
+WATCHED = (*GUIDED, Sampling(temperature=0.01, repetition_penalty=1.0))
 TURBO = (
     Sampling(top_p=0.95, top_k=1000),
     Sampling(top_p=1.0, top_k=0, temperature=1.2),
@@ -82,7 +91,8 @@ class Lab:
             self.t3 = package.T3(tiny_model.t3_config(kind)).eval()
         if kind == "turbo":
             del self.t3.tfmr.wte
-        self.samplings = TURBO if kind == "turbo" else GUIDED
+        self.samplings = {"turbo": TURBO, "multilingual": WATCHED}.get(kind, GUIDED)
+        self.text_tokens = TEXT_TOKENS
         voice = tiny_model.random_voice(prompt_tokens=self.t3.hp.speech_cond_prompt_len, reference_tokens=125)
         self.voice = voice.t3.to(device="cuda")
         print(f"{kind}, full-size random weights, there after {time.perf_counter() - begin_s:.0f} s")
@@ -91,9 +101,17 @@ class Lab:
         self.bytes_per_s = 2 * 2**30 / (timed(lambda: target.copy_(source), 20) / 1000)
         print(f"a copy of 1 GiB moves {self.bytes_per_s / 1e12:.2f} TB/s, read and written\n", flush=True)
 
+    def watchful(self) -> Lab:
+        """Of multilingual: weights and texts by which its alignment analyser has something to decide."""
+        other = copy.copy(self)
+        other.t3, other.text_tokens = copy.deepcopy(self.t3), SHORT_TEXT_TOKENS
+        tiny_model.teach_to_stop(other.t3, 1.7)
+        tiny_model.make_watchful(other.t3, sharp=3.0)
+        return other
+
     def text(self, seed: int) -> torch.Tensor:
         dice = torch.Generator().manual_seed(seed)
-        row = torch.randint(1, 250, (1, TEXT_TOKENS), generator=dice).cuda()
+        row = torch.randint(1, 250, (1, self.text_tokens), generator=dice).cuda()
         if self.kind == "turbo":
             return row
         row = torch.nn.functional.pad(row, (1, 0), value=self.t3.hp.start_text_token)
@@ -116,7 +134,26 @@ class Lab:
                     t3_cond=copy.copy(self.voice), text_tokens=self.text(seed), max_new_tokens=most,
                     min_p=sampling.min_p, cfg_weight=max(sampling.cfg_weight, 1e-6), **told,
                 )  # fmt: skip
+        if self.kind == "multilingual":
+            # Its alignment analyser leaves three behind at each call.
+            for layer in self.t3.tfmr.layers:
+                layer.self_attn._forward_hooks.clear()  # noqa: SLF001 (there is no public way)
         return [int(token) for token in chosen.flatten()]
+
+
+class Rules(logging.Handler):
+    """How often multilingual's alignment analyser forced the end, by the rule that it names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = dict.fromkeys(("long_tail", "alignment_repetition", "token_repetition"), 0)
+        logger = logging.getLogger(alignment_stream_analyzer.__name__)
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for rule in self.used:
+            self.used[rule] += bool(re.search(rf"{rule}=(True|tensor\(True)", record.getMessage()))
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float:
@@ -152,9 +189,14 @@ def say(t3: T3, asked: list[tuple[Prompt, int, Sampling]], most: int, *, sort: b
 def equality(lab: Lab) -> bool:
     """In float32, without TF32."""
     most, same = 48, True
+    rules = Rules()
+    if lab.kind == "multilingual":
+        lab = lab.watchful()
     plain = Slots(lab.t3, slots=16, dtype=torch.float32, most_tokens=64, longest=640)
     asked = [(lab.prompt(n), n, lab.samplings[n % len(lab.samplings)]) for n in range(16)]
     expected = [lab.by_the_package(n, lab.samplings[n], most) for n in range(len(lab.samplings))]
+    if lab.kind == "multilingual":
+        print(f"  ends that its alignment forced: {rules.used}; lengths {[len(said) for said in expected]}", flush=True)
     ways = {
         "torch, a batch of 16": (T3(plain, capture=False), True),
         "torch, as a CUDA graph": (T3(plain), True),

@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 STEPS = 1
+WATCHED = ((1, 1), (0, 0), (1, 0))
 STATE = ("last", "count", "position", "done", "seen")
 SAMPLINGS = (
     Sampling(top_k=0),
@@ -43,17 +44,20 @@ def stepper() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "together", "few"),
+    ("kind", "together", "few", "watched"),
     [
-        pytest.param("chatterbox", 1, 2, id="chatterbox, one alone: a kernel for each matrix"),
-        pytest.param("chatterbox", 2, 0, id="chatterbox, two: around cuBLAS"),
-        pytest.param("turbo", 1, 2, id="turbo, one alone: a kernel for each matrix"),
+        pytest.param("chatterbox", 1, 2, WATCHED, id="chatterbox, watched, one alone: a kernel for each matrix"),
+        pytest.param("chatterbox", 2, 0, WATCHED, id="chatterbox, watched, two: around cuBLAS"),
+        pytest.param("turbo", 1, 2, (), id="turbo, one alone: a kernel for each matrix"),
     ],
 )
-def test_kernels_read_and_step_as_torch_does(kind: str, together: int, few: int, stepper: Any, models: Models) -> None:
+def test_kernels_read_and_step_as_torch_does(
+    kind: str, together: int, few: int, watched: tuple[tuple[int, int], ...], *, stepper: Any, models: Models
+) -> None:
     import torch
 
     from chatterbox_server.engines.fast import slots
+    from chatterbox_server.engines.fast.alignment import Alignment
 
     model = models.lend(kind)
     prompts = []
@@ -66,15 +70,27 @@ def test_kernels_read_and_step_as_torch_does(kind: str, together: int, few: int,
     by_torch, by_kernels = (
         slots.Slots(model.t3, slots=together + 1, dtype=torch.float32, most_tokens=16, longest=128) for _ in range(2)
     )
+    if watched:
+        # As multilingual watches itself, in a model of two layers: fourteen take the interpreter too long.
+        for one in (by_torch, by_kernels):
+            one.alignment = Alignment(watched, slots=together + 2, stop=one.stop, device="cpu")
     padded = torch.tensor([*range(together), by_kernels.spare])
     with torch.inference_mode():
         expected = [read(by_torch, by_torch.read, prompts)]
         got = [read(by_kernels, stepper.Stepper(by_kernels, together, reads=True).read, prompts)]
+        for alignment in (by_torch.alignment, by_kernels.alignment):
+            if alignment is not None and together > 1:
+                alignment.complete[0], alignment.again[0] = True, 6.0
         steps = stepper.Stepper(by_kernels, together + 1, few=few * (together + 1))
         for _ in range(STEPS):
             expected.append(by_torch.step(padded[:-1], sort=False)[0].tolist())
             got.append(steps.step(padded, sort=False)[0][:-1].tolist())
     assert got == expected
+    if by_torch.alignment is not None and by_kernels.alignment is not None:
+        assert together == 1 or got[-1][0] == by_torch.stop
+        for name in ("reached", "complete", "before", "verdicts", "again", "lingered"):
+            seen, right = (getattr(one, name)[:together] for one in (by_kernels.alignment, by_torch.alignment))
+            assert torch.allclose(seen.double(), right.double(), atol=1e-6), name
     for name in STATE:
         assert torch.equal(getattr(by_torch, name)[:together], getattr(by_kernels, name)[:together]), name
     for one, other in ((by_torch.cache.keys, by_kernels.cache.keys), (by_torch.cache.values, by_kernels.cache.values)):
@@ -88,7 +104,7 @@ def read(of: "Slots", work: Any, prompts: "list[Prompt]") -> list[int]:
 
     from chatterbox_server.engines.fast.slots import CHUNK, Bite
 
-    of.begin([(number, one, 2**33 * number + 7, SAMPLINGS[number], STEPS) for number, one in enumerate(prompts)])
+    of.begin([(number, one, 2**33 * number + 7, SAMPLINGS[number], STEPS + 1) for number, one in enumerate(prompts)])
     x = torch.zeros(len(prompts), of.rows, CHUNK, of.backbone.dim)
     bites = [Bite(number, one, 0) for number, one in enumerate(prompts)]
     tokens: list[int] = work(x, *map(torch.tensor, of.fill(x, bites)), sort=False)[0].tolist()

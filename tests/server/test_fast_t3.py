@@ -2,7 +2,10 @@
 
 import copy
 import itertools
+import logging
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,8 @@ pytestmark = [*tiny.warnings, *tiny.model]
 
 KINDS = ("chatterbox", "turbo")
 TEXTS = ("Hello.", "Yes!", "Go on.")
+RULES = ("long_tail", "alignment_repetition", "token_repetition")
+"""By which multilingual's alignment analyser forces the end, in its own words."""
 
 
 def counted(seed: int) -> Any:
@@ -53,8 +58,14 @@ def by_the_package(model: Any, kind: str, utterance: Utterance) -> list[int]:
     known = KINDS_KNOWN[kind]
     conditionals = kinds.conditioned(known, utterance, copy.copy(model.conds.t3))
     text = known.text(model, utterance)
-    with counted(utterance.seed), torch.inference_mode():
-        return [int(token) for token in known.infer(model, utterance, text, conditionals).flatten()]
+    try:
+        with counted(utterance.seed), torch.inference_mode():
+            return [int(token) for token in known.infer(model, utterance, text, conditionals).flatten()]
+    finally:
+        if kind == "multilingual":
+            # Its alignment analyser leaves three behind at each call.
+            for layer in model.t3.tfmr.layers:
+                layer.self_attn._forward_hooks.clear()
 
 
 def prompted(model: Any, kind: str, utterance: Utterance) -> "Prompt":
@@ -158,6 +169,58 @@ def test_every_way_to_sample_chooses_the_tokens_that_the_package_chooses(kind: s
         for utterance, tokens in zip(batch, together, strict=True):
             assert tokens == by_the_package(model, kind, utterance), utterance
     assert begin
+
+
+@pytest.mark.parametrize(
+    ("watchful", "rules"),
+    [
+        pytest.param(None, {"token_repetition"}, id="attention everywhere"),
+        pytest.param(True, {"held", "alignment_repetition", "token_repetition"}, id="attention on text"),
+        pytest.param(False, {"long_tail", "alignment_repetition", "token_repetition"}, id="never ends by itself"),
+    ],
+)
+def test_multilingual_chooses_the_tokens_that_the_package_chooses_watching_itself(
+    watchful: bool | None,
+    rules: set[str],
+    models: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """12 at once, of different sampling, languages and lengths; the package's own analyser says which rules it used."""
+    import torch
+    from chatterbox.models.t3.inference.alignment_stream_analyzer import AlignmentStreamAnalyzer
+
+    from chatterbox_server.engines.fast.slots import Slots
+
+    caplog.set_level(logging.WARNING)
+    used: Counter[str] = Counter()
+    step = AlignmentStreamAnalyzer.step
+
+    def told(analyzer: Any, logits: Any, **more: Any) -> Any:
+        likely, ruled = int(logits[0].argmax()), step(analyzer, logits, **more)
+        # Held back where it was the most likely.
+        used["held"] += likely == analyzer.eos_idx and float(ruled[0, likely]) < 0
+        return ruled
+
+    monkeypatch.setattr(AlignmentStreamAnalyzer, "step", told)
+    model = models.lend("multilingual") if watchful is None else models.lend_watchful(ends=watchful)
+    dice = random.Random(11)  # noqa: S311 (a test that repeats)
+    samplings = dice.sample(list(grid("multilingual")), 11)
+    # Cold and without a penalty it says the same again and again.
+    samplings.append(but(an_utterance("x", sampling=samplings[0]), temperature=0.01, repetition_penalty=1.0).sampling)
+    utterances = [
+        but(an_utterance(dice.choice((*TEXTS, "Bonjour, vous.")), sampling=one), seed=number, language=language)
+        for number, one in enumerate(samplings)
+        for language in (dice.choice(("en", "fr", "de")),)
+    ]
+    slots = Slots(model.t3, slots=12, dtype=torch.float32, most_tokens=1000, longest=256)
+    prompts = [(prompted(model, "multilingual", one), one) for one in utterances]
+    together = chosen(slots, prompts, sort=True, by_count=False)
+    for utterance, tokens in zip(utterances, together, strict=True):
+        caplog.clear()
+        assert tokens == by_the_package(model, "multilingual", utterance), utterance
+        used.update(rule for rule in RULES if re.search(rf"{rule}=(True|tensor\(True)", caplog.text))
+    assert rules <= set(used), used
 
 
 @pytest.mark.parametrize("kind", KINDS)

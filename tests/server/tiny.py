@@ -1,5 +1,6 @@
 """The real chatterbox-tts classes, small and with random weights: engines around them, voices, and what they say."""
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -59,6 +60,15 @@ class Models:
             self._models[kind] = (made, made.conds, made.s3gen)
         made, made.conds, made.s3gen = self._models[kind]
         return made
+
+    def lend_watchful(self, *, ends: bool) -> Any:
+        """Multilingual, whose alignment analyser has something to see; ``ends``: by itself, too."""
+        if (key := f"watchful {ends}") not in self._models:
+            made = copy.copy(self.lend("multilingual"))
+            made.t3 = copy.deepcopy(made.t3)
+            self._made_by.make_watchful(made.t3, ends=ends)
+            self._models[key] = (made, made.conds, made.s3gen)
+        return self.lend(key)
 
     def build(self, kind: str, **told: Any) -> StockEngine:
         return StockEngine(self.lend(kind), kind, **({"placement": CPU} | told))

@@ -35,14 +35,11 @@ def _fast_conflicts(config: FleetConfig) -> list[str]:
     server = config.server
     if server.engine != "fast":
         return ["server.max_batch: has no meaning unless server.engine is 'fast'"] if server.max_batch else []
-    problems = [
+    return [
         f"gpus.{key}: the fast engine has one GPU: give each a port of its own, or set server.engine = 'stock'"
         for key in config.gpus
         if "," in key
     ]
-    if server.model == "multilingual":
-        problems.append("server.model: the fast engine does not speak 'multilingual': set server.engine = 'stock'")
-    return problems
 
 
 def _gpu_conflicts(config: FleetConfig) -> list[str]:

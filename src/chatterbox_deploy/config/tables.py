@@ -80,7 +80,7 @@ class ServerConfig(_Strict):
     """Which Chatterbox model to load."""
 
     engine: Literal["stock", "fast", "espeak"] = "stock"
-    """stock: the chatterbox-tts package. fast: its models chatterbox and turbo, many utterances at once, on one GPU.
+    """stock: the chatterbox-tts package. fast: the same models, many utterances at once, on one GPU.
     espeak: offline stand-in without GPU or weights, for demos and tests."""
 
     python: AbsolutePath = f"{VERSION_LINK}/bin/python"

@@ -5,6 +5,7 @@ gated unit in one, and a norm's gain multiplied into the matrix that follows it.
 arithmetic for one position a row, in fewer launches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ class Cache:
     @property
     def positions(self) -> int:
         return int(self.keys.shape[3])
+
+
+Look = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Of a layer: its number; queries, ``(rows, heads, length, head_dim)``; keys of the whole cache; what each row sees."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +78,20 @@ class Backbone:
         return Cache(keys, values)
 
     def forward(
-        self, x: torch.Tensor, cache: Cache, rows: torch.Tensor, begins: torch.Tensor, reach: int | None = None
+        self,
+        x: torch.Tensor,
+        cache: Cache,
+        rows: torch.Tensor,
+        begins: torch.Tensor,
+        reach: int | None = None,
+        *,
+        look: Look | None = None,
     ) -> torch.Tensor:
         """Hidden states behind the last norm (less its gain) of ``x``, ``(rows, length, dim)`` in float32.
 
         ``rows`` are the cache's; ``begins`` is each one's first position here, whose keys and values are written.
-        ``reach``: no row's position lies beyond it; a smaller one is less work.
+        ``reach``: no row's position lies beyond it; a smaller one is less work. ``look`` is told of each layer's
+        attention.
         """
         length = x.shape[1]
         reach = reach or cache.positions
@@ -99,6 +112,8 @@ class Backbone:
             keys, values = cache.keys[number], cache.values[number]
             keys[rows[:, None], :, at] = key.transpose(1, 2)
             values[rows[:, None], :, at] = value.transpose(1, 2)
+            if look is not None:
+                look(number, query, keys[:, :, :reach], seen)
             mixed = functional.scaled_dot_product_attention(
                 query, keys[rows, :, :reach], values[rows, :, :reach], attn_mask=seen
             )

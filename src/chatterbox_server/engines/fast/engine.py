@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SPEAKS: Final = ("chatterbox", "turbo")
-"""Models whose T3 it knows. Multilingual's looks at its own attention while it speaks: the stock engine does that."""
-
 MOST_AT_ONCE: Final = 64
 """Utterances, where memory allows: of more of them each becomes slower and the whole hardly faster."""
 
@@ -377,9 +374,6 @@ def load(settings: Settings, unfit: Callable[[str], str | None] = unfit) -> "Fas
     Raises:
         EngineError: with one line that says what is missing, or which engine to take instead.
     """
-    if settings.model not in SPEAKS:
-        msg = f'cannot speak {settings.model} fast, only {" and ".join(SPEAKS)}: set server.engine = "stock"'
-        raise EngineError(msg)
     if settings.device == "cuda" and (count := len(settings.visible_gpus)) > 1:
         msg = (
             f"cannot spread the fast engine over {count} GPUs: give each a port of its own, or set "

@@ -165,6 +165,76 @@ def attend(
 
 
 @triton.jit
+def watch(
+    query, keys, rows, at, scores, which, row_stride, head_stride,
+    HEAD: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, HD: tl.constexpr,
+    POSITIONS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """What one head of an utterance's first row makes of BLOCK positions; ``judge`` makes probabilities of them."""
+    _ready(EARLY)
+    b = tl.program_id(0)
+    m = b * ROWS
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = place <= tl.load(at + m)
+    base = tl.load(rows + m).to(tl.int64) * row_stride + HEAD * head_stride
+    d = tl.arange(0, HD)
+    q = tl.load(query + m * D + HEAD * HD + d).to(tl.float32) / HD**0.5
+    k = tl.load(keys + base + place[:, None] * HD + d[None, :], mask=there[:, None], other=0.0)
+    score = tl.sum(k.to(tl.float32) * q[None, :], 1)
+    tl.store(scores + (b * HEADS + which) * POSITIONS + place, score, mask=there)
+
+
+@triton.jit
+def judge(
+    scores, slots, at, last, count, done, begins, lengths, reached, complete, lingered, again, before, verdicts,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """As ``Alignment.look``: a program has one utterance; WIDTH is no less than POSITIONS."""
+    _ready(EARLY)
+    b = tl.program_id(0)
+    slot = tl.load(slots + b)
+    alive = tl.load(done + slot) == 0
+    begin, text = tl.load(begins + slot), tl.load(lengths + slot)
+    where = tl.load(reached + slot)
+    said = tl.load(complete + slot) != 0
+    newest, former = tl.load(last + slot), tl.load(before + slot)
+    sum_0, sum_1 = tl.load(lingered + slot * 3), tl.load(lingered + slot * 3 + 1)
+    sum_2, repeated = tl.load(lingered + slot * 3 + 2), tl.load(again + slot)
+    place = tl.arange(0, WIDTH)
+    there = place <= tl.load(at + b * ROWS)
+    attended = tl.zeros([WIDTH], tl.float32)
+    for which in tl.static_range(HEADS):
+        score = tl.load(scores + (b * HEADS + which) * POSITIONS + place, mask=there, other=-float("inf"))
+        part = tl.exp(score - tl.max(score, 0))
+        attended += part / tl.sum(part, 0)
+    attended = attended / HEADS
+    column = place - begin
+    inside = (column >= 0) & (column < text) & (column <= tl.load(count + slot))
+    highest = tl.max(tl.where(inside, attended, -1.0), 0)
+    here = tl.min(tl.where(inside & (attended == highest), column, WIDTH), 0)
+    attended = tl.where(inside, attended, 0.0)
+    moved = here - where
+    where = tl.where((moved > -4) & (moved < 7), here, where)
+    if said:
+        sum_0 += tl.sum(tl.where(column == text - 3, attended, 0.0), 0)
+        sum_1 += tl.sum(tl.where(column == text - 2, attended, 0.0), 0)
+        sum_2 += tl.sum(tl.where(column == text - 1, attended, 0.0), 0)
+        repeated += tl.max(tl.where(column < text - 5, attended, 0.0), 0)
+    lingers = tl.maximum(sum_0, tl.maximum(sum_1, sum_2)) >= 5.0
+    over = lingers | (repeated > 5.0) | (newest == former)
+    held = (here < text - 3) & (text > 5)
+    if alive:
+        tl.store(reached + slot, where)
+        tl.store(complete + slot, said | (where >= text - 3))
+        tl.store(lingered + slot * 3, sum_0)
+        tl.store(lingered + slot * 3 + 1, sum_1)
+        tl.store(lingered + slot * 3 + 2, sum_2)
+        tl.store(again + slot, repeated)
+        tl.store(before + slot, newest)
+        tl.store(verdicts + slot, tl.where(over, 2, tl.where(held, 1, 0)))
+
+
+@triton.jit
 def attend_back(
     query, keys, values, rows, at, mixed, row_stride, head_stride,
     LENGTH: tl.constexpr, D: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr,
@@ -361,10 +431,16 @@ def _lane(logits, b, lane, there, cfg, V: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _score(logits, seen, slot, b, lane, cfg, temperature, penalty, V: tl.constexpr, ROWS: tl.constexpr):
-    """Penalty and temperature, in the order of each model's own loop."""
+def _score(
+    logits, seen, slot, b, lane, cfg, temperature, penalty, verdict,
+    V: tl.constexpr, ROWS: tl.constexpr, STOP: tl.constexpr, WATCHED: tl.constexpr,
+):  # fmt: skip
+    """Verdict, penalty and temperature, in the order of each model's own loop."""
     there = lane < V
     score = _lane(logits, b, lane, there, cfg, V, ROWS)
+    if WATCHED:
+        score = tl.where((verdict == 1) & (lane == STOP), -32768.0, score)
+        score = tl.where(verdict == 2, tl.where(lane == STOP, 32768.0, -32768.0), score)
     if ROWS == 1:
         score = score / temperature
     before = tl.load(seen + slot * V + lane, mask=there, other=0) != 0
@@ -389,8 +465,8 @@ def _clock(score, top, min_p, bits):
 @triton.jit
 def choose(
     logits, slots, wanted, seeds, cfgs, temperatures, min_ps, penalties, seen, last, count, position, limit, done,
-    tokens, ended, READ: tl.constexpr, STOP: tl.constexpr, START: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    QUADS: tl.constexpr, EARLY: tl.constexpr,
+    verdicts, tokens, ended, READ: tl.constexpr, STOP: tl.constexpr, START: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, WATCHED: tl.constexpr, QUADS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The next token of a slot, and all that is to be remembered of it; for those of whom nobody needs a sorted list.
 
@@ -402,6 +478,9 @@ def choose(
     slot = tl.load(slots + b)
     cfg, temperature = tl.load(cfgs + slot), tl.load(temperatures + slot)
     min_p, penalty = tl.load(min_ps + slot), tl.load(penalties + slot)
+    verdict = 0
+    if WATCHED:
+        verdict = tl.load(verdicts + slot)
     if ROWS == 1:
         min_p = 0.0
     chosen_so_far = tl.load(count + slot)
@@ -412,10 +491,10 @@ def choose(
     quad = tl.arange(0, QUADS)
     zero = tl.zeros([QUADS], tl.int32)
     w0, w1, w2, w3 = tl.philox(tl.load(seeds + slot), quad, zero + chosen_so_far.to(tl.int32), zero, zero)
-    s0 = _score(logits, seen, slot, b, quad * 4, cfg, temperature, penalty, V, ROWS)
-    s1 = _score(logits, seen, slot, b, quad * 4 + 1, cfg, temperature, penalty, V, ROWS)
-    s2 = _score(logits, seen, slot, b, quad * 4 + 2, cfg, temperature, penalty, V, ROWS)
-    s3 = _score(logits, seen, slot, b, quad * 4 + 3, cfg, temperature, penalty, V, ROWS)
+    s0 = _score(logits, seen, slot, b, quad * 4, cfg, temperature, penalty, verdict, V, ROWS, STOP, WATCHED)
+    s1 = _score(logits, seen, slot, b, quad * 4 + 1, cfg, temperature, penalty, verdict, V, ROWS, STOP, WATCHED)
+    s2 = _score(logits, seen, slot, b, quad * 4 + 2, cfg, temperature, penalty, verdict, V, ROWS, STOP, WATCHED)
+    s3 = _score(logits, seen, slot, b, quad * 4 + 3, cfg, temperature, penalty, verdict, V, ROWS, STOP, WATCHED)
     top = tl.maximum(tl.maximum(tl.max(s0, 0), tl.max(s1, 0)), tl.maximum(tl.max(s2, 0), tl.max(s3, 0)))
     c0 = _clock(s0, top, min_p, w0)
     c1 = _clock(s1, top, min_p, w1)

@@ -4,7 +4,7 @@ Step by step what the package's loops do with ``transformers``' processors, for 
 holds the tokens to be the same under the same noise. ``kernels`` beside this does the common case in one launch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -65,13 +65,23 @@ def _values(seed: int, sampling: Sampling, vocabulary: int) -> tuple[int | float
     )
 
 
-def guided(logits: torch.Tensor, seen: torch.Tensor, knobs: Knobs, *, sort: bool) -> torch.Tensor:
+def guided(
+    logits: torch.Tensor,
+    seen: torch.Tensor,
+    knobs: Knobs,
+    *,
+    sort: bool,
+    rule: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Probabilities by ``T3.inference``'s rules; ``logits`` are ``(utterances, 2, tokens)``, with and without text.
 
     ``seen``, ``(utterances, tokens)``, are those that were chosen before. Without ``sort`` top_p must be 1 everywhere.
+    ``rule``: what the alignment makes of the scores before they are looked at.
     """
     with_text, without = logits.unbind(1)
     scores = with_text + knobs.cfg_weight[:, None] * (with_text - without)
+    if rule is not None:
+        scores = rule(scores)
     scores = _penalised(scores, seen, knobs) / knobs.temperature[:, None]
     likely = torch.softmax(scores, dim=-1)
     top, best = likely.max(dim=-1, keepdim=True)

@@ -4,7 +4,7 @@ All state is on the device, so a step needs nothing from the host and can be cap
 Decides nothing: who gets a slot, and when it is done with, is ``batch``'s to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import torch
 
 from chatterbox_server.engine import Sampling
 from chatterbox_server.engines.fast import backbone, noise, sampling
+from chatterbox_server.engines.fast.alignment import Alignment, Glance
 from chatterbox_server.engines.stock.kinds import MOST_TOKENS
 
 CHUNK: Final = 128
@@ -31,6 +32,8 @@ class Prompt:
 
     embeds: torch.Tensor
     """``(rows, length, dim)``, float32: two rows where text guides, the second without it; else one."""
+    text: range = range(0)
+    """Where in it the text is, start and stop among it."""
 
     @property
     def length(self) -> int:
@@ -63,7 +66,8 @@ class Slots:
         self.longest_prompt = longest
         self.stop: int = t3.hp.stop_speech_token
         self.start: int = t3.hp.start_speech_token
-        self._rule = sampling.turbo if t3.is_gpt else sampling.guided
+        self._rule: Callable[..., torch.Tensor] = sampling.turbo if t3.is_gpt else sampling.guided
+        self.alignment = Alignment.of(t3, slots=slots + 1, device=self.device)
         positions = longest + most_tokens
         self.backbone = backbone.of(t3, dtype=dtype, positions=positions)
         # One slot more than there are: where a batch is filled up, its rows do their work.
@@ -101,6 +105,9 @@ class Slots:
         self.done[places] = False
         self.seen[places] = False
         self.seen[places, self.start] = True
+        if self.alignment is not None:
+            begins, lengths = ([number(one.text) for one in prompts] for number in (lambda text: text.start, len))
+            self.alignment.begin(places, self._on_device(begins), self._on_device(lengths))
 
     def end(self, numbers: Sequence[int]) -> None:
         """Choose no more tokens in these slots."""
@@ -139,25 +146,35 @@ class Slots:
 
     def step(self, slots: torch.Tensor, *, sort: bool, reach: int | None = None) -> Chosen:
         """One more token in each of ``slots``."""
-        x = self.speech[self.last[slots]]
+        last, count = self.last[slots], self.count[slots]
+        x = self.speech[last]
         if self.speech_positions is not None:
-            x = x + self.speech_positions[self.count[slots]]
+            x = x + self.speech_positions[count]
+        glance = None
+        if self.alignment is not None:
+            glance = Glance(self.alignment.heads, slots * self.rows, self.rows)
         hidden = self.backbone.forward(
             x.repeat_interleave(self.rows, 0)[:, None],
             self.cache,
             self._rows_of(slots),
             self.position[slots].repeat_interleave(self.rows),
             reach,
+            look=glance,
         )
         alive = ~self.done[slots]
         self.position[slots] += alive
+        if self.alignment is not None and glance is not None:
+            self.alignment.look(slots, last, count, glance.attention, alive)
         logits = self.backbone.logits(hidden.view(-1, self.rows, self.backbone.dim))
         return self.choose(logits, slots, alive, sort=sort)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, wanted: torch.Tensor, *, sort: bool) -> Chosen:
         knobs, count, seen = self.knobs.at(slots), self.count[slots], self.seen[slots]
         drawn = noise.exponential(knobs.seed, noise.TOKENS, count, self.vocabulary)
-        likely = self._rule(logits.squeeze(1), seen, knobs, sort=sort)
+        told: dict[str, Any] = {}
+        if self.alignment is not None:
+            told["rule"] = self.alignment.rule(slots)
+        likely = self._rule(logits.squeeze(1), seen, knobs, sort=sort, **told)
         token = torch.where(wanted, sampling.choose(likely, drawn), self.last[slots])
         if self.rows == 1:
             # Turbo's loop looks back at what it chose, and only before the first at the start.
@@ -194,4 +211,6 @@ def prompt(t3: Any, text: torch.Tensor, manner: torch.Tensor) -> Prompt:
             start = start + t3.speech_pos_emb.get_fixed_embedding(0)
             # T3.inference says the start twice.
             start = torch.cat((start, start), dim=1)
-        return Prompt(torch.cat((manner.expand(len(said), -1, -1), said, start), dim=1).float())
+        begin = manner.shape[1]
+        whole = torch.cat((manner.expand(len(said), -1, -1), said, start), dim=1).float()
+        return Prompt(whole, text=range(begin, begin + said.shape[1]))

@@ -46,6 +46,8 @@ class Stepper:
         self._mixed, self._normed = (empty(m, self._d, dtype=backbone.dtype) for _ in range(2))
         self._raised = empty(m, self._f, dtype=backbone.dtype)
         self._logits = empty(batch, slots.rows, slots.vocabulary)
+        self._watches = slots.alignment if not reads else None
+        self._scores = empty(batch, len(self._watches.heads) if self._watches else 0, slots.cache.positions)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._ended = torch.zeros(batch, dtype=torch.bool, device=device)
 
@@ -63,6 +65,7 @@ class Stepper:
             self._through_few()
         else:
             self._logits_of(self._through_many())
+        self._judge(slots)
         if sort:
             alive = ~of.done[slots]
             of.position[slots] += alive
@@ -104,6 +107,7 @@ class Stepper:
             )  # fmt: skip
             if parts:
                 x, next_x = next_x, x
+            self._watch(number, keys)
             self._attend(keys, values)
             block = min(4, self._d)
             kernels.project[(self._d // block,)](
@@ -143,6 +147,7 @@ class Stepper:
             if self._reads:
                 self._attend_back(keys, values)
             else:
+                self._watch(number, keys)
                 self._attend(keys, values)
             self._add_norm(functional.linear(self._mixed, layer.out, layer.out_bias))
             raised = functional.linear(self._normed, layer.up, layer.up_bias)
@@ -175,6 +180,29 @@ class Stepper:
             LENGTH=self._length, D=self._d, HD=self._hd, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
+    def _watch(self, number: int, keys: torch.Tensor) -> None:
+        """The heads of this layer that the alignment wants to hear of."""
+        positions = self._of.cache.positions
+        for which, (layer, head) in enumerate(self._watches.heads if self._watches else ()):
+            if layer == number:
+                kernels.watch[(self._batch, triton.cdiv(positions, 64))](
+                    self._query, keys, self.rows, self.at, self._scores, which, keys.stride(0), keys.stride(1),
+                    HEAD=head, HEADS=self._scores.shape[1], ROWS=self._of.rows, D=self._d, HD=self._hd,
+                    POSITIONS=positions, BLOCK=64, EARLY=self._early, num_warps=4, **self._launch,
+                )  # fmt: skip
+
+    def _judge(self, slots: torch.Tensor) -> None:
+        of, alignment = self._of, self._watches
+        if alignment is None:
+            return
+        positions = of.cache.positions
+        kernels.judge[(self._batch,)](
+            self._scores, slots, self.at, of.last, of.count, of.done, alignment.begins, alignment.lengths,
+            alignment.reached, alignment.complete, alignment.lingered, alignment.again, alignment.before,
+            alignment.verdicts, HEADS=self._scores.shape[1], ROWS=of.rows, POSITIONS=positions,
+            WIDTH=triton.next_power_of_2(positions), EARLY=self._early, num_warps=8, **self._launch,
+        )  # fmt: skip
+
     def _logits_of(self, normed: torch.Tensor) -> None:
         logits = functional.linear(normed, self._backbone.head, self._backbone.head_bias)
         self._logits.copy_(logits.view(self._logits.shape))
@@ -183,9 +211,10 @@ class Stepper:
         of, knobs = self._of, self._of.knobs
         kernels.choose[(self._batch,)](
             self._logits, slots, wanted, knobs.seed, knobs.cfg_weight, knobs.temperature, knobs.min_p, knobs.penalty,
-            of.seen, of.last, of.count, of.position, of.limit, of.done, self._tokens, self._ended,
-            READ=self._reads, STOP=of.stop, START=of.start, V=of.vocabulary, ROWS=of.rows,
-            QUADS=triton.next_power_of_2(triton.cdiv(of.vocabulary, 4)), EARLY=self._early,
+            of.seen, of.last, of.count, of.position, of.limit, of.done,
+            of.done if of.alignment is None else of.alignment.verdicts, self._tokens, self._ended,
+            WATCHED=of.alignment is not None, READ=self._reads, STOP=of.stop, START=of.start, V=of.vocabulary,
+            ROWS=of.rows, QUADS=triton.next_power_of_2(triton.cdiv(of.vocabulary, 4)), EARLY=self._early,
             num_warps=16, **self._launch,
         )  # fmt: skip
         return self._tokens, self._ended
