@@ -548,8 +548,12 @@ def test_as_many_are_in_hand_as_memory_holds_or_as_are_asked_for() -> None:
     # Half of what is free, one cache of it nobody's; never more than 64 by itself.
     assert [fitting(free * gib, gib // 2) for free in (2, 8, 140)] == [1, 7, 64]
     assert [fitting(140 * gib, gib // 2, asked) for asked in (1, 100)] == [1, 100]
-    with pytest.raises(EngineError, match=r"cache needs 0\.5 GiB, and 1\.0 GiB are free"):
+    with pytest.raises(
+        EngineError, match=r"two caches of 0\.5 GiB and 1\.0 GiB for S3Gen are needed, and 1\.0 GiB are free"
+    ):
         fitting(gib, gib // 2)
+    # Half of what is free holds no cache and a spare one, and yet there is room for them.
+    assert fitting(3 * gib, gib) == fitting(3 * gib, gib, 1) == 1
     with pytest.raises(EngineError, match=r"cannot hold 100 .*set server\.max_batch to 7 or less"):
         fitting(8 * gib, gib // 2, 100)
 

@@ -304,18 +304,21 @@ def fitting(free_bytes: int, each_bytes: int, asked: int = 0) -> int:
     """Utterances at once, each with a cache of so many bytes; one cache more is made, that is nobody's.
 
     Raises:
-        EngineError: not as many as are ``asked`` for fit, or not a single one, with what S3Gen needs.
+        EngineError: not as many as are ``asked`` for fit, or not a single one, beside the least that S3Gen needs.
     """
-    fit = min(MOST_AT_ONCE, int(free_bytes * SHARE_FOR_CACHE) // each_bytes - 1)
     each_gib, free_gib, least_gib = (size / 2**30 for size in (each_bytes, free_bytes, LEAST_FOR_S3GEN))
     most = (free_bytes - LEAST_FOR_S3GEN) // each_bytes - 1
-    if most < 1 or (not asked and fit < 1):
-        msg = f"cannot hold an utterance: its cache needs {each_gib:.1f} GiB, and {free_gib:.1f} GiB are free"
+    if most < 1:
+        msg = (
+            f"cannot hold an utterance: two caches of {each_gib:.1f} GiB and {least_gib:.1f} GiB for S3Gen are needed, "
+            f"and {free_gib:.1f} GiB are free"
+        )
         raise EngineError(msg)
+    fit = min(MOST_AT_ONCE, max(1, int(free_bytes * SHARE_FOR_CACHE) // each_bytes - 1))
     if asked > most:
         msg = (
             f"cannot hold {asked} utterances at once, of {each_gib:.1f} GiB each, and {least_gib:.1f} GiB for S3Gen: "
-            f"{free_gib:.1f} GiB are free; set server.max_batch to {max(1, fit)} or less, or to 0 for as many as fit"
+            f"{free_gib:.1f} GiB are free; set server.max_batch to {min(fit, most)} or less, or to 0 for as many as fit"
         )
         raise EngineError(msg)
     return asked or min(fit, most)

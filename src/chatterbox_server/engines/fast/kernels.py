@@ -11,6 +11,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from chatterbox_server.engines.fast import alignment
+
+HELD, OVER, LOUD = tl.constexpr(alignment.HELD), tl.constexpr(alignment.OVER), tl.constexpr(alignment.LOUD)
+LAST, SPOKEN, ENOUGH = tl.constexpr(alignment.LAST), tl.constexpr(alignment.SPOKEN), tl.constexpr(alignment.ENOUGH)
+BACK, FORTH = tl.constexpr(alignment.BACK), tl.constexpr(alignment.FORTH)
+
 
 @triton.jit
 def _ready(EARLY: tl.constexpr):
@@ -190,6 +196,8 @@ def judge(
     HEADS: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As ``Alignment.look``: a program has one utterance; WIDTH is no less than POSITIONS."""
+    # Its sums of the last tokens have a name each.
+    tl.static_assert(LAST == 3)
     _ready(EARLY)
     b = tl.program_id(0)
     slot = tl.load(slots + b)
@@ -198,8 +206,8 @@ def judge(
     where = tl.load(reached + slot)
     said = tl.load(complete + slot) != 0
     newest, former = tl.load(last + slot), tl.load(before + slot)
-    sum_0, sum_1 = tl.load(lingered + slot * 3), tl.load(lingered + slot * 3 + 1)
-    sum_2, repeated = tl.load(lingered + slot * 3 + 2), tl.load(again + slot)
+    sum_0, sum_1 = tl.load(lingered + slot * LAST), tl.load(lingered + slot * LAST + 1)
+    sum_2, repeated = tl.load(lingered + slot * LAST + 2), tl.load(again + slot)
     place = tl.arange(0, WIDTH)
     there = place <= tl.load(at + b * ROWS)
     attended = tl.zeros([WIDTH], tl.float32)
@@ -214,24 +222,24 @@ def judge(
     here = tl.min(tl.where(inside & (attended == highest), column, WIDTH), 0)
     attended = tl.where(inside, attended, 0.0)
     moved = here - where
-    where = tl.where((moved > -4) & (moved < 7), here, where)
+    where = tl.where((moved > -BACK) & (moved < FORTH), here, where)
     if said:
-        sum_0 += tl.sum(tl.where(column == text - 3, attended, 0.0), 0)
-        sum_1 += tl.sum(tl.where(column == text - 2, attended, 0.0), 0)
-        sum_2 += tl.sum(tl.where(column == text - 1, attended, 0.0), 0)
-        repeated += tl.max(tl.where(column < text - 5, attended, 0.0), 0)
-    lingers = tl.maximum(sum_0, tl.maximum(sum_1, sum_2)) >= 5.0
-    over = lingers | (repeated > 5.0) | (newest == former)
-    held = (here < text - 3) & (text > 5)
+        sum_0 += tl.sum(tl.where(column == text - LAST, attended, 0.0), 0)
+        sum_1 += tl.sum(tl.where(column == text - LAST + 1, attended, 0.0), 0)
+        sum_2 += tl.sum(tl.where(column == text - LAST + 2, attended, 0.0), 0)
+        repeated += tl.max(tl.where(column < text - SPOKEN, attended, 0.0), 0)
+    lingers = tl.maximum(sum_0, tl.maximum(sum_1, sum_2)) >= ENOUGH
+    over = lingers | (repeated > ENOUGH) | (newest == former)
+    held = (here < text - LAST) & (text > SPOKEN)
     if alive:
         tl.store(reached + slot, where)
-        tl.store(complete + slot, said | (where >= text - 3))
-        tl.store(lingered + slot * 3, sum_0)
-        tl.store(lingered + slot * 3 + 1, sum_1)
-        tl.store(lingered + slot * 3 + 2, sum_2)
+        tl.store(complete + slot, said | (where >= text - LAST))
+        tl.store(lingered + slot * LAST, sum_0)
+        tl.store(lingered + slot * LAST + 1, sum_1)
+        tl.store(lingered + slot * LAST + 2, sum_2)
         tl.store(again + slot, repeated)
         tl.store(before + slot, newest)
-        tl.store(verdicts + slot, tl.where(over, 2, tl.where(held, 1, 0)))
+        tl.store(verdicts + slot, tl.where(over, OVER, tl.where(held, HELD, 0)))
 
 
 @triton.jit
@@ -439,8 +447,8 @@ def _score(
     there = lane < V
     score = _lane(logits, b, lane, there, cfg, V, ROWS)
     if WATCHED:
-        score = tl.where((verdict == 1) & (lane == STOP), -32768.0, score)
-        score = tl.where(verdict == 2, tl.where(lane == STOP, 32768.0, -32768.0), score)
+        score = tl.where((verdict == HELD) & (lane == STOP), -LOUD, score)
+        score = tl.where(verdict == OVER, tl.where(lane == STOP, LOUD, -LOUD), score)
     if ROWS == 1:
         score = score / temperature
     before = tl.load(seen + slot * V + lane, mask=there, other=0) != 0
