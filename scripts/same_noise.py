@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.vocoder import DRAWN_AT_ONCE
+from chatterbox_server.engines.fast.s3gen.vocoder import DRAWN_AT_ONCE
 
 
 class Given(TorchFunctionMode):  # type: ignore[misc,unused-ignore]

@@ -43,10 +43,10 @@ from chatterbox.models.s3gen.s3gen import (
 )
 from scripts import same_noise
 
-from chatterbox_server.engines.fast.encoder import Encoder
-from chatterbox_server.engines.fast.recorded import Recordings
-from chatterbox_server.engines.fast.sound import FADE, HELD, How, Sound, Stream, Take, how_for
-from chatterbox_server.engines.fast.watermark import Sounds, Watermark
+from chatterbox_server.engines.fast.s3gen.encoder import Encoder
+from chatterbox_server.engines.fast.s3gen.recorded import Recordings
+from chatterbox_server.engines.fast.s3gen.sound import FADE, HELD, How, Sound, Stream, Take, how_for
+from chatterbox_server.engines.fast.s3gen.watermark import Sounds, Watermark
 from chatterbox_server.engines.stock.silence import silenced
 
 if TYPE_CHECKING:

@@ -36,10 +36,11 @@ from chatterbox.models.t3.inference import alignment_stream_analyzer
 from scripts import tiny_model
 
 from chatterbox_server.engine import Sampling
-from chatterbox_server.engines.fast import backbone as backbones
-from chatterbox_server.engines.fast import noise, slots
-from chatterbox_server.engines.fast.slots import Prompt, Slots
-from chatterbox_server.engines.fast.t3 import T3
+from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.t3 import backbone as backbones
+from chatterbox_server.engines.fast.t3 import slots
+from chatterbox_server.engines.fast.t3.graphs import T3
+from chatterbox_server.engines.fast.t3.slots import Prompt, Slots
 from chatterbox_server.engines.stock.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def cut(tokens: list[int], other: list[int]) -> list[int]:
 
 
 def sorts(lab: Lab, sampling: Sampling) -> bool:
-    from chatterbox_server.engines.fast import sampling as rules
+    from chatterbox_server.engines.fast.t3 import sampling as rules
 
     return rules.sorts(sampling, by_count=lab.kind == "turbo")
 

@@ -117,7 +117,7 @@ def known_sound(engine: "FastEngine") -> NDArray[np.float32]:
 def test_multilingual_says_in_each_language_the_tokens_of_the_package(models: Models) -> None:
     """Through the API, several at once, one of them too short for the package."""
     from chatterbox_server.engines.fast import FastEngine
-    from chatterbox_server.engines.fast.sound import Take
+    from chatterbox_server.engines.fast.s3gen.sound import Take
     from server.test_fast_t3 import by_the_package
 
     model = models.lend_watchful(ends=True)
@@ -176,8 +176,8 @@ def test_a_failure_of_one_sound_is_nobody_elses(engine: "FastEngine", monkeypatc
 
 
 def test_a_sound_that_nobody_waits_for_is_not_begun() -> None:
-    from chatterbox_server.engines.fast.sound import Take
-    from chatterbox_server.engines.fast.sounding import Sounding
+    from chatterbox_server.engines.fast.s3gen.sound import Take
+    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
 
     class Held:
         """S3Gen as far as it is asked here: it begins a batch, and is let go on."""
@@ -295,7 +295,7 @@ def test_while_a_graph_is_recorded_nobody_touches_the_whole_card(
     """CUDA and torch fail whoever empties the cache or waits for the card meanwhile, and the recording with it."""
     import torch
 
-    from chatterbox_server.engines.fast import recorded
+    from chatterbox_server.engines.fast.s3gen import recorded
     from chatterbox_server.engines.stock import cards, failures
 
     happened: list[str] = []

@@ -13,7 +13,7 @@ from server import tiny
 from server.tiny import Models
 
 if TYPE_CHECKING:
-    from chatterbox_server.engines.fast.alignment import Alignment
+    from chatterbox_server.engines.fast.t3.alignment import Alignment
 
 pytestmark = [*tiny.warnings, *tiny.model]
 
@@ -105,7 +105,7 @@ class Told:
 def an_alignment(utterances: list[Told]) -> "Alignment":
     import torch
 
-    from chatterbox_server.engines.fast.alignment import Alignment
+    from chatterbox_server.engines.fast.t3.alignment import Alignment
 
     made = Alignment(utterances[0].heads, slots=len(utterances) + 1, stop=STOP, device="cpu")
     everyone = torch.arange(len(utterances))
@@ -198,7 +198,7 @@ def test_a_kernel_judges_as_torch_does(models: Models) -> None:
     import torch
     import triton
 
-    from chatterbox_server.engines.fast import kernels
+    from chatterbox_server.engines.fast.t3 import choosing
 
     if not triton.knobs.runtime.interpret:
         pytest.skip("compiled for a GPU in this process")
@@ -217,7 +217,7 @@ def test_a_kernel_judges_as_torch_does(models: Models) -> None:
         # The row with text is the first of two.
         at = torch.stack([torch.tensor([one.begin + one.text + len(one.chosen), 0]) for one in utterances]).int()
         by_torch.look(slots, last, count, attention, alive)
-        kernels.judge[(len(utterances),)](
+        choosing.judge[(len(utterances),)](
             attention.log(), slots, at, last, count, ~alive, by_kernel.begins, by_kernel.lengths, by_kernel.reached,
             by_kernel.complete, by_kernel.lingered, by_kernel.again, by_kernel.before, by_kernel.verdicts,
             HEADS=3, ROWS=2, POSITIONS=POSITIONS, WIDTH=128, EARLY=False,

@@ -13,7 +13,7 @@ from server.fakes import an_utterance
 from server.tiny import Models
 
 if TYPE_CHECKING:
-    from chatterbox_server.engines.fast.slots import Prompt, Slots
+    from chatterbox_server.engines.fast.t3.slots import Prompt, Slots
 
 pytestmark = [
     *tiny.warnings,
@@ -36,7 +36,7 @@ SAMPLINGS = (
 def stepper() -> Any:
     import triton
 
-    from chatterbox_server.engines.fast import stepper
+    from chatterbox_server.engines.fast.t3 import stepper
 
     if not triton.knobs.runtime.interpret:
         pytest.skip("compiled for a GPU in this process")
@@ -56,8 +56,8 @@ def test_kernels_read_and_step_as_torch_does(
 ) -> None:
     import torch
 
-    from chatterbox_server.engines.fast import slots
-    from chatterbox_server.engines.fast.alignment import Alignment
+    from chatterbox_server.engines.fast.t3 import slots
+    from chatterbox_server.engines.fast.t3.alignment import Alignment
 
     model = models.lend(kind)
     prompts = []
@@ -102,7 +102,7 @@ def read(of: "Slots", work: Any, prompts: "list[Prompt]") -> list[int]:
     """First tokens behind prompts of one bite each."""
     import torch
 
-    from chatterbox_server.engines.fast.slots import CHUNK, Bite
+    from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite
 
     of.begin([(number, one, 2**33 * number + 7, SAMPLINGS[number], STEPS + 1) for number, one in enumerate(prompts)])
     x = torch.zeros(len(prompts), of.rows, CHUNK, of.backbone.dim)

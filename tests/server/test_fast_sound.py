@@ -14,7 +14,7 @@ from server import tiny
 from server.tiny import KINDS, Models
 
 if TYPE_CHECKING:
-    from chatterbox_server.engines.fast.sound import Sound, Take
+    from chatterbox_server.engines.fast.s3gen.sound import Sound, Take
 
 pytestmark = [*tiny.warnings, *tiny.model]
 
@@ -40,7 +40,7 @@ class Studio:
         self.voices[2]["prompt_feat"] = torch.randn(1, 81, 80)
 
     def sound(self, **how: Any) -> "Sound":
-        from chatterbox_server.engines.fast.sound import How, Sound
+        from chatterbox_server.engines.fast.s3gen.sound import How, Sound
 
         watermarker = how.pop("watermarker", None)
         return Sound(
@@ -50,7 +50,7 @@ class Studio:
     def take(self, tokens: int, *, voice: int = 0, seed: int = 1) -> "Take":
         import torch
 
-        from chatterbox_server.engines.fast.sound import Take
+        from chatterbox_server.engines.fast.s3gen.sound import Take
 
         dice = torch.Generator().manual_seed(1000 * tokens + seed % 1000)
         spoken = torch.randint(0, 6561, (tokens,), generator=dice)
@@ -60,7 +60,7 @@ class Studio:
         return self._package(self.s3gen, take.tokens, take.voice, seed=take.seed, steps=self.steps)
 
     def in_chunks(self, sound: "Sound", take: "Take", *ends: int) -> list[Any]:
-        from chatterbox_server.engines.fast.sound import Stream
+        from chatterbox_server.engines.fast.s3gen.sound import Stream
 
         stream = Stream()
         said = [
@@ -172,7 +172,7 @@ def test_chunks_are_as_long_as_one_go(kind: str, ends: tuple[int, ...], studios:
 
 
 def test_a_chunk_goes_on_as_the_one_before_would_have(studios: dict[str, Studio]) -> None:
-    from chatterbox_server.engines.fast.sound import Stream
+    from chatterbox_server.engines.fast.s3gen.sound import Stream
 
     studio = studios["chatterbox"]
     sound, take, stream = studio.sound(), studio.take(60), Stream()
@@ -187,7 +187,7 @@ def test_a_chunk_goes_on_as_the_one_before_would_have(studios: dict[str, Studio]
 
 
 def test_the_last_chunk_ends_as_one_go_does(breathing: Studio) -> None:
-    from chatterbox_server.engines.fast.sound import FADE
+    from chatterbox_server.engines.fast.s3gen.sound import FADE
 
     sound, take = breathing.sound(), breathing.take(60, voice=2)
     *_, last = breathing.in_chunks(sound, take, 15, 40, 60)
@@ -202,7 +202,7 @@ def test_all_tokens_as_one_chunk_are_one_go(studios: dict[str, Studio]) -> None:
 
 
 def test_chunks_of_several_utterances_share_a_batch(studios: dict[str, Studio]) -> None:
-    from chatterbox_server.engines.fast.sound import Stream
+    from chatterbox_server.engines.fast.s3gen.sound import Stream
 
     studio = studios["chatterbox"]
     sound = studio.sound()
@@ -234,8 +234,8 @@ def test_chunks_of_several_utterances_share_a_batch(studios: dict[str, Studio]) 
 def test_a_piece_of_a_spectrum_sounds_as_it_does_within_the_whole(studios: dict[str, Studio]) -> None:
     import torch
 
-    from chatterbox_server.engines.fast.sound import CONTEXT
-    from chatterbox_server.engines.fast.vocoder import Heard, Vocoder
+    from chatterbox_server.engines.fast.s3gen.sound import CONTEXT
+    from chatterbox_server.engines.fast.s3gen.vocoder import Heard, Vocoder
 
     vocoder = Vocoder(studios["chatterbox"].s3gen.mel2wav, dtype=torch.float32)
     mel, seeds = torch.randn(1, 90, 80), torch.tensor([5])
@@ -256,7 +256,7 @@ def test_a_piece_of_a_spectrum_sounds_as_it_does_within_the_whole(studios: dict[
 def test_as_many_recordings_are_kept_as_may_be() -> None:
     import torch
 
-    from chatterbox_server.engines.fast.recorded import Recordings
+    from chatterbox_server.engines.fast.s3gen.recorded import Recordings
 
     recordings, made = Recordings(device="cpu", kept=2), list[int]()
 
@@ -295,7 +295,7 @@ def hum(frames: int, hertz: float) -> Any:
 def test_a_batch_is_marked_as_the_package_marks_each_of_it(watermarker: Any) -> None:
     import torch
 
-    from chatterbox_server.engines.fast.watermark import Sounds, Watermark
+    from chatterbox_server.engines.fast.s3gen.watermark import Sounds, Watermark
 
     rows = [hum(100, 110), hum(37, 220), hum(6, 300), hum(128, 150)]
     samples = torch.full((4, 480 * 128), 0.3)

@@ -19,7 +19,7 @@ from server.fakes import an_utterance
 from server.tiny import Models, but
 
 if TYPE_CHECKING:
-    from chatterbox_server.engines.fast.slots import Prompt, Slots
+    from chatterbox_server.engines.fast.t3.slots import Prompt, Slots
 
 pytestmark = [*tiny.warnings, *tiny.model]
 
@@ -69,7 +69,7 @@ def by_the_package(model: Any, kind: str, utterance: Utterance) -> list[int]:
 
 
 def prompted(model: Any, kind: str, utterance: Utterance) -> "Prompt":
-    from chatterbox_server.engines.fast import slots
+    from chatterbox_server.engines.fast.t3 import slots
 
     known = KINDS_KNOWN[kind]
     conditionals = kinds.conditioned(known, utterance, copy.copy(model.conds.t3))
@@ -80,7 +80,7 @@ def chosen(slots: "Slots", told: list[tuple["Prompt", Utterance]], *, sort: bool
     """What T3 says of all of them, begun together."""
     import torch
 
-    from chatterbox_server.engines.fast.slots import CHUNK, Bite
+    from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite
 
     stop, said = 6562, [list[int]() for _ in told]
     with torch.inference_mode():
@@ -148,8 +148,8 @@ def test_noise_belongs_to_a_place_and_not_to_its_neighbours() -> None:
 def test_every_way_to_sample_chooses_the_tokens_that_the_package_chooses(kind: str, models: Models) -> None:
     import torch
 
-    from chatterbox_server.engines.fast import sampling as rules
-    from chatterbox_server.engines.fast.slots import Slots
+    from chatterbox_server.engines.fast.t3 import sampling as rules
+    from chatterbox_server.engines.fast.t3.slots import Slots
 
     model = models.lend(kind)
     dice = random.Random(kind)  # noqa: S311 (a test that repeats)
@@ -190,7 +190,7 @@ def test_multilingual_chooses_the_tokens_that_the_package_chooses_watching_itsel
     import torch
     from chatterbox.models.t3.inference.alignment_stream_analyzer import AlignmentStreamAnalyzer
 
-    from chatterbox_server.engines.fast.slots import Slots
+    from chatterbox_server.engines.fast.t3.slots import Slots
 
     caplog.set_level(logging.WARNING)
     used: Counter[str] = Counter()
@@ -228,7 +228,7 @@ def test_bfloat16_changes_logits_by_little(kind: str, models: Models) -> None:
     """All positions of a prompt and random tokens behind it, at once."""
     import torch
 
-    from chatterbox_server.engines.fast import backbone
+    from chatterbox_server.engines.fast.t3 import backbone
 
     model = models.lend(kind)
     prompt = prompted(model, kind, an_utterance("Hello to you.", sampling=KINDS_KNOWN[kind].defaults))
@@ -255,9 +255,9 @@ def test_a_slot_is_anothers_while_steps_for_who_left_are_on_their_way(kind: str,
     import torch
 
     from chatterbox_server.engine import Errand
-    from chatterbox_server.engines.fast.batch import Batch
-    from chatterbox_server.engines.fast.slots import Slots
-    from chatterbox_server.engines.fast.t3 import T3, Work
+    from chatterbox_server.engines.fast.t3.batch import Batch
+    from chatterbox_server.engines.fast.t3.graphs import T3, Work
+    from chatterbox_server.engines.fast.t3.slots import Slots
 
     class Late:
         """What CUDA's event is to a GPU that is never ahead of the host."""

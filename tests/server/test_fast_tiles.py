@@ -22,7 +22,7 @@ CLOSE = 1e-5
 def tiles() -> Any:
     import triton
 
-    from chatterbox_server.engines.fast import tiles
+    from chatterbox_server.engines.fast.s3gen import tiles
 
     if not triton.knobs.runtime.interpret:
         pytest.skip("compiled for a GPU in this process")
@@ -40,8 +40,8 @@ def apart(one: Any, other: Any) -> float:
 
 
 def a_block() -> Any:
-    from chatterbox_server.engines.fast.flow import Weights
-    from chatterbox_server.engines.fast.layers import Linear
+    from chatterbox_server.engines.fast.s3gen.flow import Weights
+    from chatterbox_server.engines.fast.s3gen.layers import Linear
 
     channels, inner, hidden = 64, 128, 256
 
@@ -65,8 +65,8 @@ def a_block() -> Any:
 def test_blocks_are_what_torch_makes_of_them(tiles: Any) -> None:
     import torch
 
-    from chatterbox_server.engines.fast.flow import _InTorch, _InTriton
-    from chatterbox_server.engines.fast.layers import Lengths
+    from chatterbox_server.engines.fast.s3gen.flow import _InTorch, _InTriton
+    from chatterbox_server.engines.fast.s3gen.layers import Lengths
 
     torch.manual_seed(1)
     assert tiles
@@ -80,7 +80,7 @@ def test_blocks_are_what_torch_makes_of_them(tiles: Any) -> None:
 def test_a_convolution_is_what_torch_makes_of_it(inputs: int, tiles: Any) -> None:
     import torch
 
-    from chatterbox_server.engines.fast.flow import _InTorch, _InTriton
+    from chatterbox_server.engines.fast.s3gen.flow import _InTorch, _InTriton
 
     torch.manual_seed(1)
     assert tiles
@@ -95,7 +95,7 @@ def test_a_residual_block_is_what_torch_makes_of_it(channels: int, taps: int, ti
     import torch
     from chatterbox.models.s3gen.hifigan import ResBlock
 
-    from chatterbox_server.engines.fast.vocoder import _inside, _Resblock, _Tiled
+    from chatterbox_server.engines.fast.s3gen.vocoder import _inside, _Resblock, _Tiled
 
     torch.manual_seed(1)
     assert tiles
@@ -116,7 +116,7 @@ def test_a_residual_block_is_what_torch_makes_of_it(channels: int, taps: int, ti
 def test_a_mean_is_what_torch_makes_of_it(tiles: Any) -> None:
     import torch
 
-    from chatterbox_server.engines.fast.vocoder import _inside, _mean, _tiled_mean
+    from chatterbox_server.engines.fast.s3gen.vocoder import _inside, _mean, _tiled_mean
 
     assert tiles
     x, ends = torch.randn(2, 64, 1, 75), torch.tensor([75, 33])

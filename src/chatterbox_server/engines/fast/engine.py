@@ -23,8 +23,8 @@ from chatterbox_server.engines.stock.silence import silenced
 from chatterbox_server.settings import Settings
 
 if TYPE_CHECKING:
-    from chatterbox_server.engines.fast.batch import Line
-    from chatterbox_server.engines.fast.sound import Take
+    from chatterbox_server.engines.fast.s3gen.sound import Take
+    from chatterbox_server.engines.fast.t3.batch import Line
     from chatterbox_server.engines.stock import StockEngine
     from chatterbox_server.engines.stock.voices import Voice
 
@@ -84,11 +84,11 @@ class FastEngine:
         """
         import torch
 
-        from chatterbox_server.engines.fast.batch import Batch
-        from chatterbox_server.engines.fast.slots import Slots
-        from chatterbox_server.engines.fast.sound import Sound, how_for
-        from chatterbox_server.engines.fast.sounding import Sounding
-        from chatterbox_server.engines.fast.t3 import T3
+        from chatterbox_server.engines.fast.s3gen.sound import Sound, how_for
+        from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+        from chatterbox_server.engines.fast.t3.batch import Batch
+        from chatterbox_server.engines.fast.t3.graphs import T3
+        from chatterbox_server.engines.fast.t3.slots import Slots
         from chatterbox_server.engines.stock.voices import Voices
 
         if model.conds is None:
@@ -162,7 +162,7 @@ class FastEngine:
         """See ``Engine``. What is ready before the rest is given to an ``errand`` that listens."""
         import torch
 
-        from chatterbox_server.engines.fast.sound import Take
+        from chatterbox_server.engines.fast.s3gen.sound import Take
 
         errand.make_way()
         with failures.told(self._cards):
@@ -189,7 +189,7 @@ class FastEngine:
         """
         import torch
 
-        from chatterbox_server.engines.fast import slots
+        from chatterbox_server.engines.fast.t3 import slots
 
         with silenced(), torch.inference_mode(), self._reads:
             manner = self._manner(utterance, voice)
@@ -205,7 +205,7 @@ class FastEngine:
 
     def _manner(self, utterance: Utterance, voice: "Voice") -> Any:
         """T3's conditionals, embedded; the same again for the same voice."""
-        from chatterbox_server.engines.fast import slots
+        from chatterbox_server.engines.fast.t3 import slots
 
         # The voice itself, so that no other can be where it was; of the sampling what T3 reads before it speaks.
         key = (id(voice), utterance.sampling.exaggeration if self._kind.expressive else None)
@@ -236,7 +236,7 @@ class FastEngine:
     def _in_chunks(self, utterance: Utterance, errand: Errand, voice: "Voice", line: "Line") -> NDArray[np.float32]:
         import torch
 
-        from chatterbox_server.engines.fast.sound import Stream, Take
+        from chatterbox_server.engines.fast.s3gen.sound import Stream, Take
 
         stream, enough, began_s = Stream(), float(FIRST_CHUNK), time.monotonic()
         while True:
@@ -267,7 +267,7 @@ class FastEngine:
     def _warm_up(self) -> None:
         import torch
 
-        from chatterbox_server.engines.fast.sound import BATCHES
+        from chatterbox_server.engines.fast.s3gen.sound import BATCHES
 
         if self._exact:
             return
@@ -283,7 +283,7 @@ class FastEngine:
         """How many utterances' caches are made: as many as are asked for, or as the memory holds that is free now."""
         import torch
 
-        from chatterbox_server.engines.fast.slots import LONGEST_PROMPT
+        from chatterbox_server.engines.fast.t3.slots import LONGEST_PROMPT
 
         if not self._on_gpu:
             return asked or 4
@@ -353,7 +353,7 @@ def unfit(device: str) -> str | None:
     if major < 8:
         return f"compute capability {major}.{minor}, and bfloat16 needs 8.0"
     try:
-        from chatterbox_server.engines.fast import kernels
+        from chatterbox_server.engines.fast.t3 import kernels
 
         x = torch.ones(1, 16, device="cuda")
         stream = torch.cuda.Stream()

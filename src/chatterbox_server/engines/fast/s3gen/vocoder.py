@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.layers import Kernels, Linear, windows
+from chatterbox_server.engines.fast.s3gen.layers import Kernels, Linear, windows
 
 DRAWN_AT_ONCE: Final = 4
 """Samples of the source's noise from one counter: its position counts these, its lane is the sample among them."""
@@ -138,7 +138,7 @@ class _Tiled:
     """The same by kernels of ours, which bend what they make while they have it in hand."""
 
     def __init__(self, block: Any, dtype: Any) -> None:
-        from chatterbox_server.engines.fast import tiles
+        from chatterbox_server.engines.fast.s3gen import tiles
 
         self._tiles = tiles
         self._convolutions = [
@@ -187,7 +187,7 @@ def _mean(sums: Any, _ends: Any, inside: Any, share: float, slope: float) -> Any
 
 
 def _tiled_mean(sums: Any, ends: Any, _inside: Any, share: float, slope: float) -> Any:
-    from chatterbox_server.engines.fast import tiles
+    from chatterbox_server.engines.fast.s3gen import tiles
 
     return _to_channels(tiles.bent(_to_time(sums), ends, scale=share, slope=slope))
 

@@ -11,8 +11,9 @@ from typing import Any, Final
 import torch
 
 from chatterbox_server.engine import Sampling
-from chatterbox_server.engines.fast import backbone, noise, sampling
-from chatterbox_server.engines.fast.alignment import Alignment, Glance
+from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.t3 import backbone, sampling
+from chatterbox_server.engines.fast.t3.alignment import Alignment, Glance
 from chatterbox_server.engines.stock.kinds import MOST_TOKENS
 
 CHUNK: Final = 128

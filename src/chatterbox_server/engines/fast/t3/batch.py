@@ -14,9 +14,9 @@ from typing import Final
 import torch
 
 from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, Sampling
-from chatterbox_server.engines.fast import sampling as rules
-from chatterbox_server.engines.fast.slots import CHUNK, Bite, Prompt
-from chatterbox_server.engines.fast.t3 import READERS, T3, Work
+from chatterbox_server.engines.fast.t3 import sampling as rules
+from chatterbox_server.engines.fast.t3.graphs import READERS, T3, Work
+from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite, Prompt
 from chatterbox_server.engines.stock import failures
 
 THREAD: Final = "fast-t3"

@@ -3,7 +3,7 @@
 Multilingual's T3 watches three heads of its own attention while it speaks: where in the text it is, so that the end is
 held back before the text is said and forced when it lingers, says text again, or says a token twice in a row. The
 package looks anew at all that was spoken after each token; its rules need no more of it than a few numbers of each
-utterance, which are kept here: tests/server/test_fast_alignment.py holds the two to the same verdicts. ``kernels``
+utterance, which are kept here: tests/server/test_fast_alignment.py holds the two to the same verdicts. ``choosing``
 beside this does the same in one launch.
 
 Of what the package works out, ``started`` and how long the last token takes decide nothing, and are left out. So

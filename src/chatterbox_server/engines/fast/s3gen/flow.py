@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from chatterbox_server.engine import EngineError
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.encoder import Encoder
-from chatterbox_server.engines.fast.layers import Attention, Kernels, Lengths, Linear, Norm, attend, windows
+from chatterbox_server.engines.fast.s3gen.encoder import Encoder
+from chatterbox_server.engines.fast.s3gen.layers import Attention, Kernels, Lengths, Linear, Norm, attend, windows
 
 BANDS: Final = 80
 """Of the mel spectrogram."""
@@ -279,7 +279,7 @@ class _InTriton:
     """
 
     def __init__(self, attention: Attention) -> None:
-        from chatterbox_server.engines.fast import tiles
+        from chatterbox_server.engines.fast.s3gen import tiles
 
         self._attention, self._tiles = attention, tiles
         self.mish = tiles.norm_mish

@@ -1,4 +1,4 @@
-"""T3's work by ``kernels``: which kernel with which blocks, and the buffers between them. Captures nothing."""
+"""T3's work by ``kernels`` and ``choosing``: the blocks of each, and the buffers between them. Captures nothing."""
 
 from typing import Any, Final
 
@@ -6,8 +6,8 @@ import torch
 import triton
 from torch.nn import functional
 
-from chatterbox_server.engines.fast import kernels
-from chatterbox_server.engines.fast.slots import CHUNK, Chosen, Slots
+from chatterbox_server.engines.fast.t3 import choosing, kernels
+from chatterbox_server.engines.fast.t3.slots import CHUNK, Chosen, Slots
 
 FEW: Final = 2
 """Rows up to which each matrix has a kernel of ours; with more, cuBLAS reads it faster."""
@@ -196,7 +196,7 @@ class Stepper:
         if alignment is None:
             return
         positions = of.cache.positions
-        kernels.judge[(self._batch,)](
+        choosing.judge[(self._batch,)](
             self._scores, slots, self.at, of.last, of.count, of.done, alignment.begins, alignment.lengths,
             alignment.reached, alignment.complete, alignment.lingered, alignment.again, alignment.before,
             alignment.verdicts, HEADS=self._scores.shape[1], ROWS=of.rows, POSITIONS=positions,
@@ -209,7 +209,7 @@ class Stepper:
 
     def _choose(self, slots: torch.Tensor, wanted: torch.Tensor) -> Chosen:
         of, knobs = self._of, self._of.knobs
-        kernels.choose[(self._batch,)](
+        choosing.choose[(self._batch,)](
             self._logits, slots, wanted, knobs.seed, knobs.cfg_weight, knobs.temperature, knobs.min_p, knobs.penalty,
             of.seen, of.last, of.count, of.position, of.limit, of.done,
             of.done if of.alignment is None else of.alignment.verdicts, self._tokens, self._ended,

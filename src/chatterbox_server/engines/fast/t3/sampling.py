@@ -1,7 +1,7 @@
 """The next token of many utterances at once, each with its own knobs. Plain torch; draws nothing itself.
 
 Step by step what the package's loops do with ``transformers``' processors, for many rows: tests/server/test_fast_t3.py
-holds the tokens to be the same under the same noise. ``kernels`` beside this does the common case in one launch.
+holds the tokens to be the same under the same noise. ``choosing`` beside this does the common case in one launch.
 """
 
 from collections.abc import Callable, Sequence

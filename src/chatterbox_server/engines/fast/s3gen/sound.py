@@ -12,11 +12,11 @@ from typing import Any, Final
 import torch
 
 from chatterbox_server.engines.fast import noise
-from chatterbox_server.engines.fast.flow import BANDS, Asked, Flow
-from chatterbox_server.engines.fast.layers import Attention, Kernels
-from chatterbox_server.engines.fast.recorded import Recording, Recordings
-from chatterbox_server.engines.fast.vocoder import Heard, Vocoder
-from chatterbox_server.engines.fast.watermark import Sounds, Watermark
+from chatterbox_server.engines.fast.s3gen.flow import BANDS, Asked, Flow
+from chatterbox_server.engines.fast.s3gen.layers import Attention, Kernels
+from chatterbox_server.engines.fast.s3gen.recorded import Recording, Recordings
+from chatterbox_server.engines.fast.s3gen.vocoder import Heard, Vocoder
+from chatterbox_server.engines.fast.s3gen.watermark import Sounds, Watermark
 
 SAMPLE_RATE_HZ: Final = 24_000
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from chatterbox_server.engine import EngineError
-from chatterbox_server.engines.fast.layers import NEVER, Linear, Norm, windows
+from chatterbox_server.engines.fast.s3gen.layers import NEVER, Linear, Norm, windows
 
 
 class Encoder:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from chatterbox_server.engines.fast.slots import CHUNK, Bite, Chosen, Slots
+from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite, Chosen, Slots
 from chatterbox_server.engines.stock import cards
 
 READERS: Final = (1, 4, 8)
@@ -94,7 +94,7 @@ class T3:
     def _stepping(self, size: int, *, by_kernels: bool, early: bool) -> _Size:
         slots = torch.full((size,), self.slots.spare, device=self.slots.device)
         if by_kernels:
-            from chatterbox_server.engines.fast.stepper import Stepper
+            from chatterbox_server.engines.fast.t3.stepper import Stepper
 
             stepper = Stepper(self.slots, size, early=early)
             return _Size((slots,), lambda sort: stepper.step(slots, sort=sort))
@@ -107,7 +107,7 @@ class T3:
         begins, lasts = torch.zeros_like(slots), torch.full_like(slots, -1)
         inputs = (x, slots, begins, lasts)
         if by_kernels:
-            from chatterbox_server.engines.fast.stepper import Stepper
+            from chatterbox_server.engines.fast.t3.stepper import Stepper
 
             stepper = Stepper(self.slots, size, reads=True)
             return _Size(inputs, lambda sort: stepper.read(*inputs, sort=sort))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import EngineBroken, EngineError
-from chatterbox_server.engines.fast.sound import BATCHES, UNEVEN, Sound, Take
+from chatterbox_server.engines.fast.s3gen.sound import BATCHES, UNEVEN, Sound, Take
 from chatterbox_server.engines.stock import failures
 
 THREAD: Final = "fast-s3gen"
