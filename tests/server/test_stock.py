@@ -215,6 +215,12 @@ class TestTheRealClasses:
         assert sum(len(layer.self_attn._forward_hooks) for layer in layers) == 0
         heard(engine, changed(engine), language="fr")
 
+    @pytest.mark.parametrize("text", ["?", "A.", "Oh, no."])
+    def test_multilingual_says_a_text_that_is_too_short_for_the_package(self, text: str, models: Models) -> None:
+        """Its analyser has an IndexError once five tokens or fewer are said (resemble-ai/chatterbox issue 548)."""
+        engine = StockEngine(models.lend_watchful(ends=False), "multilingual", placement=CPU)
+        assert said(engine, changed(engine, text=text)).size
+
     def test_only_so_many_voices_are_kept_and_a_changed_file_is_heard_again(self, build: Build, tmp_path: Path) -> None:
         engine = build("turbo", voices_kept=2)
         sounds = []

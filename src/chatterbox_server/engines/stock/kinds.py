@@ -19,6 +19,10 @@ MOST_TOKENS: Final = 1000
 SOUNDS: Final = 6561
 """Tokens from here on are no sound."""
 
+SHORTEST_WATCHED: Final = 6
+"""Text tokens that multilingual's alignment analyser needs: of fewer it looks for the strongest of none, and fails as
+soon as they are said (resemble-ai/chatterbox issue 548)."""
+
 SHORTEST_RECORDING_S: Final = 0.5
 
 
@@ -56,7 +60,12 @@ def guided_text(model: Any, utterance: Utterance, **language: str) -> Any:
 
 
 def multilingual_text(model: Any, utterance: Utterance) -> Any:
-    return guided_text(model, utterance, language_id=utterance.language)
+    import torch
+
+    text = guided_text(model, utterance, language_id=utterance.language)
+    # To stop again says nothing new.
+    missing = max(0, SHORTEST_WATCHED - text.shape[-1])
+    return torch.nn.functional.pad(text, (0, missing), value=model.t3.hp.stop_text_token)
 
 
 def guided(model: Any, utterance: Utterance, text: Any, conditionals: Any) -> Any:
