@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy import exposition, systemd
 from chatterbox_deploy.fleet import SPEECH_ROUTES
 from chatterbox_deploy.monitor.picture import FRONT, Front, FrontRow, GpuRow, InstanceRow
+from chatterbox_deploy.status.found import readiness_word
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,20 +83,13 @@ def instance_row(instance: Instance, look: Look, steps: Sequence[Step]) -> Insta
 
 def _unit(instance: Instance, look: Look) -> str | None:
     unit = (look.found.units or {}).get(systemd.unit_name(instance.name))
-    if unit is None or (unit.load == "not-found" and unit.active == "inactive"):
-        return None
-    return f"{unit.active}/{unit.sub}"
+    return None if unit is None else unit.state
 
 
 def _ready(instance: Instance, look: Look) -> str | None:
     if instance.name not in look.found.readiness:
         return None
-    readiness = look.found.readiness[instance.name]
-    if readiness is None:
-        return "no answer"
-    if readiness.draining:
-        return "draining"
-    return "ready" if readiness.ready else "not ready"
+    return readiness_word(look.found.readiness[instance.name])
 
 
 def restarts(instance: Instance, look: Look) -> int | None:

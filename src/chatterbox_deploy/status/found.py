@@ -44,6 +44,11 @@ class Unit:
     needs_reload: bool = False
     """Whether its file changed after systemd had read it."""
 
+    @property
+    def state(self) -> str | None:
+        """As ``active/running``; ``None`` where there is no such unit, or no more than its name."""
+        return None if self.load == "not-found" and self.active == "inactive" else f"{self.active}/{self.sub}"
+
 
 def read_unit(properties: Mapping[str, str]) -> Unit:
     """One unit as ``systemctl show`` printed it; a number that is ``[not set]``, or 0 where 0 means none, is None."""
@@ -107,6 +112,15 @@ def read_readiness(body: bytes) -> Readiness | None:
         gpu_memory_bytes=number(memory.get("reserved_bytes")) if isinstance(memory, dict) else None,
         invocation_id=life if isinstance(life, str) else None,
     )
+
+
+def readiness_word(readiness: Readiness | None) -> str:
+    """``ready``, ``draining``, ``not ready``; ``no answer`` of one that was asked and told nothing."""
+    if readiness is None:
+        return "no answer"
+    if readiness.draining:
+        return "draining"
+    return "ready" if readiness.ready else "not ready"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from chatterbox_deploy import nginx, render, systemd
-from chatterbox_deploy.status.found import Unit
+from chatterbox_deploy.status.found import Unit, readiness_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -194,12 +194,12 @@ class _Seen:
         )
 
     def _installed(self) -> bool:
-        return self.unit is not None and (self.unit.load != "not-found" or self.unit.active != "inactive")
+        return self.unit is not None and self.unit.state is not None
 
     def _state(self) -> str | None:
         if self.unit is None:
             return None if self.found.texts.get(self.path, "") is not None else "not installed"
-        return f"{self.unit.active}/{self.unit.sub}" if self._installed() else "not installed"
+        return self.unit.state or "not installed"
 
     def _readiness(self) -> Readiness | None:
         """What its own process says, not one that happens to have its port."""
@@ -212,12 +212,7 @@ class _Seen:
     def _ready(self) -> str | None:
         if self.name not in self.found.readiness:
             return None
-        readiness = self._readiness()
-        if readiness is None:
-            return "no answer"
-        if readiness.draining:
-            return "draining"
-        return "ready" if readiness.ready else "not ready"
+        return readiness_word(self._readiness())
 
     def _front(self) -> str | None:
         if render.FRONT_PATH not in self.found.texts:
