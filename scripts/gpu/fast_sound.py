@@ -320,6 +320,24 @@ def parts(bench: Bench, batch: int, how: How) -> None:
         print(row(bench.seconds(marking.play), batch, "of that watermark"), flush=True)
 
 
+def kernels(bench: Bench) -> None:
+    """Where the time of the flow goes."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    batch, times = 2 if bench.tiny else 16, 3
+    print(f"\n== kernels: of encoder and flow, a batch of {batch}: ms a request, launches, kernel", flush=True)
+    sound, takes = bench.sound(fastest(bench)), requests(bench, batch)
+    recording = sound.ready_flow(takes)
+    bench.seconds(recording.play)
+    with profiled(activities=[ProfilerActivity.CPU if bench.tiny else ProfilerActivity.CUDA]) as seen:
+        for _ in range(times):
+            recording.play()
+        bench.synchronize()
+    for one in sorted(seen.key_averages(), key=lambda row: -row.device_time_total)[:20]:
+        print(f"  {one.device_time_total / 1e3 / times / batch:8.3f} {one.count / times:7.0f}   {one.key[:110]}")
+
+
 def first(bench: Bench) -> None:
     print("\n== first: a first chunk of one utterance, from its tokens to its marked samples on the CPU")
     fast = fastest(bench)
@@ -404,7 +422,7 @@ def turbo(bench: Bench) -> None:
         part(small)
 
 
-PARTS = {part.__name__: part for part in (same, whole, first, exact, mark, chunks, turbo)}
+PARTS = {part.__name__: part for part in (same, whole, kernels, first, exact, mark, chunks, turbo)}
 
 
 def main() -> None:

@@ -195,3 +195,19 @@ def test_what_machines_answered_is_understood(path: Path) -> None:
         assert card.processes is not None
         assert card.utilisation_percent is not None
         assert card.throttled_by is not None
+
+
+@pytest.mark.parametrize(
+    ("situation", "busy", "kinds"),
+    [("idle", range(1), ""), ("loaded", range(90, 101), "C"), ("mps", range(90, 101), "M+C C M+C")],
+)
+def test_what_an_h200_does_shows_in_its_answers(situation: str, busy: range, kinds: str) -> None:
+    answers = json.loads((RECORDED / f"nvml.H200-{situation}.json").read_text())
+
+    (card,) = nvml.read(RecordedNvml(answers), watch_s=0) or ()
+
+    assert card.utilisation_percent in busy
+    assert card.sm_active_percent is not None
+    assert card.sm_active_percent > 90 or not kinds
+    assert " ".join(str(process.kind) for process in card.processes or ()) == kinds
+    assert all(process.name in {"python", "nvidia-cuda-mps-server"} for process in card.processes or ())
