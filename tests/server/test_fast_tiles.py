@@ -1,11 +1,13 @@
 """The fast engine's Triton kernels against the same layers in torch, interpreted on the CPU; scripts/gpu on a GPU."""
 
+import copy
 import importlib.util
 from typing import Any
 
 import pytest
 
 from server import tiny
+from server.tiny import Models
 
 pytestmark = [
     *tiny.warnings,
@@ -39,27 +41,24 @@ def apart(one: Any, other: Any) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def a_block() -> Any:
-    from chatterbox_server.engines.fast.s3gen.flow import Weights
-    from chatterbox_server.engines.fast.s3gen.layers import Linear
+def some_blocks(count: int) -> Any:
+    """Of the package's own kind, with weights that matter."""
+    import torch
+    from chatterbox.models.s3gen.matcha.transformer import BasicTransformerBlock
 
-    channels, inner, hidden = 64, 128, 256
+    from chatterbox_server.engines.fast.s3gen.flow import _blocks
 
-    def norm() -> Any:
-        return 1 + some(channels), some(channels), 1e-5
-
-    def linear(outputs: int, inputs: int) -> Any:
-        return Linear(some(outputs, inputs), some(outputs))
-
-    return Weights(
-        heads=2,
-        before=norm(),
-        into=Linear(some(3 * inner, channels), None),
-        out=linear(channels, inner),
-        between=norm(),
-        widen=linear(hidden, channels),
-        narrow=linear(channels, hidden),
-    )
+    blocks = [
+        BasicTransformerBlock(
+            dim=64, num_attention_heads=2, attention_head_dim=64, dropout=0.0, activation_fn="gelu",
+            attention_bias=False, cross_attention_dim=None, double_self_attention=False,
+        ).eval()
+        for _ in range(count)
+    ]  # fmt: skip
+    for block in blocks:
+        for parameter in block.parameters():
+            parameter.data = some(*parameter.shape)
+    return _blocks(blocks, torch.float32)
 
 
 def test_blocks_are_what_torch_makes_of_them(tiles: Any) -> None:
@@ -71,9 +70,52 @@ def test_blocks_are_what_torch_makes_of_them(tiles: Any) -> None:
     torch.manual_seed(1)
     assert tiles
     lengths = Lengths.of(torch.tensor([37, 30, 1]), 37)
-    x, blocks = some(3, 37, 64), [a_block() for _ in range(3)]
+    x, blocks = some(3, 37, 64), some_blocks(3)
+    right = _InTorch("mask").blocks(x, lengths, blocks)
     # On the CPU torch bends by the exact form.
-    assert apart(_InTriton("mask").blocks(x, lengths, blocks), _InTorch("mask").blocks(x, lengths, blocks)) < CLOSE
+    assert apart(_InTriton("mask").blocks(x + blocks.biases, lengths, blocks), right) < CLOSE
+
+
+def test_an_estimator_is_what_torch_makes_of_it(tiles: Any, models: Models) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.s3gen.flow import BANDS, Estimator
+    from chatterbox_server.engines.fast.s3gen.layers import Lengths
+
+    torch.manual_seed(1)
+    assert tiles
+    estimator = copy.deepcopy(models.lend("chatterbox").s3gen.flow.decoder.estimator)
+    for parameter in estimator.parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data + some(*parameter.shape)
+    lengths = Lengths.of(torch.tensor([37, 30]), 37)
+    x, told = some(2, 37, BANDS), some(2, 37, 3 * BANDS)
+    with torch.inference_mode():
+        plain, ours = (
+            Estimator(estimator, torch.linspace(0, 1, 3), dtype=torch.float32, attention=how, kernels=kernels)
+            for how, kernels in (("mask", "torch"), ("triton", "triton"))
+        )
+        made, right = (each(x, each.constant(told, guided=False), lengths, 1) for each in (ours, plain))
+    assert apart(made[lengths.valid], right[lengths.valid]) < 1e-4
+
+
+@pytest.mark.parametrize("counts", [(150, 128, 1), (64, 0, 63)])
+def test_attention_is_what_torch_makes_of_it(counts: tuple[int, ...], tiles: Any) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.s3gen.layers import Lengths, attend
+
+    torch.manual_seed(1)
+    assert tiles
+    lengths = Lengths.of(torch.tensor(counts), max(counts))
+    made = torch.randn(3, max(counts), 3 * 2 * 64)
+    # What lies in padding may be any number.
+    made[~lengths.valid] = 100.0
+    ours = attend(made, 2, lengths, "triton")
+    right = attend(made, 2, lengths, "mask")
+    assert apart(ours[lengths.valid], right[lengths.valid]) < CLOSE
+    for row, count in zip(ours, counts, strict=True):
+        assert not row[-(-count // 64) * 64 :].any()
 
 
 @pytest.mark.parametrize("inputs", [64, 80, 128])

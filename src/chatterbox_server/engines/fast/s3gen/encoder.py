@@ -72,7 +72,9 @@ class _Entrance:
         if width > middle + 1:
             msg = f"cannot encode {width} positions: the encoder knows {middle + 1}"
             raise ValueError(msg)
-        return self._norm(self._project(x)) * self._scale, self._positions[middle - width + 1 : middle + width]
+        # One more than there are, so that what is made of them lies well in memory.
+        positions = functional.pad(self._positions[middle - width + 1 : middle + width], (0, 0, 0, 1))
+        return self._norm(self._project(x)) * self._scale, positions
 
 
 class _Layer:
@@ -96,7 +98,7 @@ class _Layer:
     def __call__(self, x: Any, positions: Any, bias: Any) -> Any:
         queries, keys, values = self._into(self._norm_1(x)).unflatten(-1, (3, self._heads, -1)).unbind(2)
         places = self._places(positions).unflatten(-1, (self._heads, -1)).permute(1, 2, 0)
-        scores = torch.matmul((queries + self._place).transpose(1, 2), places) * self._scale
+        scores = torch.matmul(((queries + self._place) * self._scale).transpose(1, 2), places)
         attended = functional.scaled_dot_product_attention(
             (queries + self._content).transpose(1, 2),
             keys.transpose(1, 2),
@@ -109,7 +111,7 @@ class _Layer:
 
 
 def _shifted(scores: Any) -> Any:
-    """(…, width, 2 * width - 1) by distance → (…, width, width) by position: a view, each row begins one earlier."""
+    """(…, width, 2 * width) by distance → (…, width, width) by position: a view, each row begins one earlier."""
     width = scores.shape[-2]
-    flat = scores.flatten(-2)[..., width - 1 : width - 1 + width * (2 * width - 2)]
-    return flat.unflatten(-1, (width, 2 * width - 2))[..., :width]
+    flat = scores.flatten(-2)[..., width - 1 : width - 1 + width * (2 * width - 1)]
+    return flat.unflatten(-1, (width, 2 * width - 1))[..., :width]

@@ -5,7 +5,6 @@ solver and time itself are float32 whatever the network computes in.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -116,9 +115,12 @@ class Estimator:
         embedded = _embedded(estimator, times)
         layers: Layers = _InTorch(attention) if kernels == "torch" else _InTriton(attention)
         self._layers = layers
-        self._resnets = [_Resnet(group[0], embedded, dtype, layers) for group in groups]
+        self._blocks = [_blocks(group[1], dtype) for group in groups]
+        self._resnets = [
+            _Resnet(group[0], embedded, dtype, layers, before=blocks)
+            for group, blocks in zip(groups, self._blocks, strict=True)
+        ]
         self._entrance = _Entrance(self._resnets[0])
-        self._blocks = [[_weights(block, dtype) for block in group[1]] for group in groups]
         self._down = Linear.over_time(estimator.down_blocks[0][2], dtype)
         self._up = Linear.over_time(estimator.up_blocks[0][2], dtype)
         self._last, self._last_norm = _convolution(estimator.final_block, dtype)
@@ -134,11 +136,11 @@ class Estimator:
         x = self._entrance(x.to(self._dtype), constant, step)
         x = self._attended(x, 0, lengths)
         skip = x
-        x = self._down(windows(x, 2))
+        x = self._down(self._layers.windows(x))
         for at in range(1, len(self._resnets) - 1):
             x = self._attended(self._resnets[at](x, step), at, lengths)
         x = self._resnets[-1](torch.cat((x, skip), dim=-1), step)
-        x = self._up(windows(self._attended(x, -1, lengths), 2))
+        x = self._up(self._layers.windows(self._attended(x, -1, lengths)))
         x = self._layers.convolution(x, self._last, self._last_norm, self._nothing)
         return self._out(x).float()
 
@@ -162,14 +164,15 @@ def _convolution(block: Any, dtype: Any) -> tuple[tuple[Any, Any], tuple[Any, An
 
 
 class _Resnet:
-    """Two convolutions, with the time of the step between them."""
+    """Two convolutions, with the time of the step between them; blocks come after it."""
 
-    def __init__(self, resnet: Any, embedded: Any, dtype: Any, layers: "Layers") -> None:
+    def __init__(self, resnet: Any, embedded: Any, dtype: Any, layers: "Layers", *, before: "Blocks") -> None:
         times = resnet.mlp(embedded).to(dtype)
         self._times = [times[step].clone() for step in range(len(times))]
         self.first, self._norm_1 = _convolution(resnet.block1, dtype)
         self._second, self._norm_2 = _convolution(resnet.block2, dtype)
-        self.beside = Linear.of(resnet.res_conv, dtype)
+        beside = Linear.of(resnet.res_conv, dtype)
+        self.beside = Linear(beside.weight, beside.bias + before.biases) if layers.ahead else beside
         self._layers = layers
 
     def __call__(self, x: Any, step: int) -> Any:
@@ -221,19 +224,36 @@ class Weights(NamedTuple):
     """Norm."""
     widen: Linear
     narrow: Linear
+    early: tuple[Any, Any]
+    """The biases of the products from here on, before and between, negative: for an ``x`` that holds them already."""
 
 
-def _weights(block: Any, dtype: Any) -> Weights:
-    before, between = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
-    return Weights(
-        heads=block.attn1.heads,
-        before=(before.weight, before.bias, before.eps),
-        into=Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype),
-        out=Linear.of(block.attn1.to_out[0], dtype),
-        between=(between.weight, between.bias, between.eps),
-        widen=Linear.of(block.ff.net[0].proj, dtype),
-        narrow=Linear.of(block.ff.net[2], dtype),
-    )
+class Blocks(NamedTuple):
+    """Some that follow each other."""
+
+    weights: list[Weights]
+    biases: Any
+    """All that is added to ``x`` but for the products' own."""
+
+
+def _blocks(blocks: Sequence[Any], dtype: Any) -> Blocks:
+    made = list[Weights]()
+    adding = [layer.bias.detach() for block in blocks for layer in (block.attn1.to_out[0], block.ff.net[2])]
+    for at, block in enumerate(blocks):
+        before, between = Norm.of(block.norm1, dtype), Norm.of(block.norm3, dtype)
+        made.append(
+            Weights(
+                heads=block.attn1.heads,
+                before=(before.weight, before.bias, before.eps),
+                into=Linear.stacked([block.attn1.to_q, block.attn1.to_k, block.attn1.to_v], dtype),
+                out=Linear.of(block.attn1.to_out[0], dtype),
+                between=(between.weight, between.bias, between.eps),
+                widen=Linear.of(block.ff.net[0].proj, dtype),
+                narrow=Linear.of(block.ff.net[2], dtype),
+                early=(-sum(adding[2 * at :]).to(dtype), -sum(adding[2 * at + 1 :]).to(dtype)),
+            )
+        )
+    return Blocks(made, sum(adding).to(dtype))
 
 
 # -- whose layers ----------------------------------------------------------------------------------------------
@@ -242,22 +262,36 @@ def _weights(block: Any, dtype: Any) -> Weights:
 class Layers(Protocol):
     """What the estimator is made of."""
 
+    ahead: bool
+    """Whether ``blocks`` wants its biases to be in ``x`` already."""
+
+    def windows(self, x: Any) -> Any:
+        """Each frame after the two before it."""
+        ...
+
     def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
-        """Over a frame and the two before it, then ``mish``."""
+        """Over ``windows``, then ``mish``."""
         ...
 
     def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
         """Mish of the norm, plus ``added``: for all frames, or for each."""
         ...
 
-    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any: ...
+    def blocks(self, x: Any, lengths: Lengths, blocks: Blocks) -> Any:
+        """``x`` may be written over."""
+        ...
 
 
 class _InTorch:
     """As it is written."""
 
+    ahead = False
+
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
+
+    def windows(self, x: Any) -> Any:
+        return windows(x, 2)
 
     def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
         return self.mish(functional.linear(windows(x, 2), *first), norm, added)
@@ -265,49 +299,46 @@ class _InTorch:
     def mish(self, x: Any, norm: tuple[Any, ...], added: Any) -> Any:
         return functional.mish(_normed(x, norm)) + added
 
-    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
-        for block in blocks:
-            x = x + block.out(_attended(_normed(x, block.before), lengths, block, self._attention))
+    def blocks(self, x: Any, lengths: Lengths, blocks: Blocks) -> Any:
+        for block in blocks.weights:
+            made = block.into(_normed(x, block.before))
+            x = x + block.out(attend(made, block.heads, lengths, self._attention))
             x = x + block.narrow(functional.gelu(block.widen(_normed(x, block.between))))
         return x
 
 
 class _InTriton:
-    """In fewer kernels: a residual is added where the next norm reads it, and GELU applied by its product's kernel.
+    """In fewer kernels: a product adds to the residual stream itself, and another bends what it makes by GELU.
 
-    Of GELU cuBLAS knows the tanh form, whose error is below that of bf16.
+    A product that adds has no place for a bias: the stream holds all of them from the start, and whoever reads it takes
+    off those whose turn has not come. Of GELU cuBLAS knows the tanh form, whose error is below that of bf16.
     """
+
+    ahead = True
 
     def __init__(self, attention: Attention) -> None:
         from chatterbox_server.engines.fast.s3gen import tiles
 
         self._attention, self._tiles = attention, tiles
-        self.mish = tiles.norm_mish
+        self.windows, self.mish = tiles.windows, tiles.norm_mish
 
     def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
-        return self._tiles.norm_mish(functional.linear(self._tiles.windows(x), *first), norm, added)
+        return self.mish(functional.linear(self.windows(x), *first), norm, added)
 
-    def blocks(self, x: Any, lengths: Lengths, blocks: Sequence[Weights]) -> Any:
-        normed = self._tiles.norm(x, blocks[0].before)
-        for block, after in zip_longest(blocks, blocks[1:]):
-            made = block.out(_attended(normed, lengths, block, self._attention))
-            x, normed = self._tiles.add_norm(x, made, block.between)
+    def blocks(self, x: Any, lengths: Lengths, blocks: Blocks) -> Any:
+        stream = x.flatten(0, 1)
+        for block in blocks.weights:
+            made = block.into(self._tiles.norm(x, block.before, block.early[0]))
+            attended = attend(made, block.heads, lengths, self._attention)
+            stream.addmm_(attended.flatten(0, 1), block.out.weight.t())
+            normed = self._tiles.norm(x, block.between, block.early[1])
             wide = torch._addmm_activation(  # noqa: SLF001 (the only name of it)
                 block.widen.bias, normed.flatten(0, 1), block.widen.weight.t(), use_gelu=True
             )
-            made = block.narrow(wide).unflatten(0, x.shape[:2])
-            if after is None:
-                x = x + made
-            else:
-                x, normed = self._tiles.add_norm(x, made, after.before)
+            stream.addmm_(wide, block.narrow.weight.t())
         return x
 
 
 def _normed(x: Any, norm: tuple[Any, ...]) -> Any:
     weight, bias, eps = norm
     return functional.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def _attended(x: Any, lengths: Lengths, block: Weights, how: Attention) -> Any:
-    queries, keys, values = block.into(x).unflatten(-1, (3, block.heads, -1)).unbind(2)
-    return attend(queries, keys, values, lengths, how).flatten(2)

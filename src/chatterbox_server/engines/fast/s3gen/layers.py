@@ -9,8 +9,9 @@ from typing import Any, Final, Literal
 import torch
 from torch.nn import functional
 
-Attention = Literal["mask", "flash"]
-"""How padding is kept out of attention: a boolean mask, or on CUDA in 16 bits FlashAttention's variable lengths."""
+Attention = Literal["mask", "flash", "triton"]
+"""How padding is kept out of attention: a boolean mask, on CUDA in 16 bits FlashAttention's variable lengths, or ours
+(``attention``)."""
 
 Kernels = Literal["torch", "triton"]
 """Whose the steps between products are, and the vocoder's convolutions: torch's, or ours (``tiles``), on CUDA."""
@@ -74,6 +75,8 @@ def windows(x: Any, before: int, after: int = 0) -> Any:
 class Lengths:
     """Of the rows of a batch that is padded to ``width``, in every form that attention asks for."""
 
+    counts: Any
+    """(batch,)."""
     valid: Any
     """(batch, width), True where a row is."""
     segments: Any
@@ -85,27 +88,38 @@ class Lengths:
         steps = torch.arange(width, device=lengths.device)
         rows = torch.arange(lengths.shape[0] + 1, device=lengths.device) * width
         ends = torch.stack((rows[:-1], rows[:-1] + lengths), dim=1).flatten()
-        return cls(steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
+        return cls(lengths, steps < lengths[:, None], torch.cat((ends, rows[-1:])).to(torch.int32))
 
     def twice(self) -> "Lengths":
         """For the same batch with and without guidance, one after the other."""
         shifted = self.segments[1:] + self.segments[-1]
         return Lengths(
+            torch.cat((self.counts, self.counts)),
             torch.cat((self.valid, self.valid)),
             torch.cat((self.segments, shifted)),
         )
 
 
-def attend(queries: Any, keys: Any, values: Any, lengths: Lengths, how: Attention) -> Any:
-    """Softmax attention over each row's own positions; (batch, time, heads, channels) in and out."""
-    if how == "flash" and queries.is_cuda and queries.dtype != torch.float32:
-        return _packed(queries, keys, values, lengths)
+def attend(made: Any, heads: int, lengths: Lengths, how: Attention) -> Any:
+    """Softmax attention over each row's own positions.
+
+    ``made`` holds queries, keys and values beside each other, (batch, time, 3 * heads * channels); what comes of them
+    is (batch, time, heads * channels).
+    """
+    if how == "triton":
+        from chatterbox_server.engines.fast.s3gen import attention
+
+        return attention.attend(made, heads, lengths.counts)
+    queries, keys, values = made.unflatten(-1, (3, heads, -1)).unbind(2)
+    if how == "flash" and made.is_cuda and made.dtype != torch.float32:
+        return _packed(queries, keys, values, lengths).flatten(2)
     across = (queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2))
-    return functional.scaled_dot_product_attention(*across, attn_mask=lengths.valid[:, None, None, :]).transpose(1, 2)
+    attended = functional.scaled_dot_product_attention(*across, attn_mask=lengths.valid[:, None, None, :])
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _packed(queries: Any, keys: Any, values: Any, lengths: Lengths) -> Any:
-    """Rows and padding as so many sequences one after another."""
+    """Rows and padding as so many sequences one after another; (batch, time, heads, channels) in and out."""
     batch, width = queries.shape[:2]
     packed = (queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1))
     ends = lengths.segments

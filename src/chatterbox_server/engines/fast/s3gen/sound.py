@@ -53,13 +53,13 @@ def how_for(device: str) -> How:
     """On CUDA in 16 bits, the fastest that was measured (scripts/gpu/fast_sound.txt); elsewhere as the package does."""
     if torch.device(device).type != "cuda":
         return How()
-    kernels: Kernels = "triton" if importlib.util.find_spec("triton") else "torch"
+    has_triton = importlib.util.find_spec("triton") is not None
     return How(
         encoder=torch.bfloat16,
         estimator=torch.bfloat16,
         vocoder=torch.float16,
-        attention="flash",
-        kernels=kernels,
+        attention="triton" if has_triton else "flash",
+        kernels="triton" if has_triton else "torch",
     )
 
 

@@ -33,26 +33,22 @@ def _normed(x, weight_at, bias_at, eps, channels: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_norm(
+def _norm(
     x_at,
-    added_at,
-    sum_at,
+    more_at,
     out_at,
     weight_at,
     bias_at,
     rows,
     eps,
     channels: tl.constexpr,
-    has_added: tl.constexpr,
     at_once: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * at_once + tl.arange(0, at_once)
+    channel = tl.arange(0, channels)
     inside = (row < rows)[:, None]
-    at = row[:, None] * channels + tl.arange(0, channels)[None, :]
-    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32)
-    if has_added:
-        x += tl.load(added_at + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(sum_at + at, x.to(sum_at.dtype.element_ty), mask=inside)
+    at = row[:, None] * channels + channel[None, :]
+    x = tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32) + tl.load(more_at + channel).to(tl.float32)[None, :]
     normed = _normed(x, weight_at, bias_at, eps, channels)
     tl.store(out_at + at, normed.to(out_at.dtype.element_ty), mask=inside)
 
@@ -97,24 +93,12 @@ def _windows(x_at, out_at, rows, width, channels: tl.constexpr, block: tl.conste
         tl.store(out_at + row[:, None] * (3 * channels) + tap * channels + channel[None, :], x, mask=inside)
 
 
-def norm(x: Any, norm: tuple[Any, ...]) -> Any:
-    """torch's ``layer_norm``; ``norm`` is weight, bias, eps."""
+def norm(x: Any, norm: tuple[Any, ...], more: Any) -> Any:
+    """torch's ``layer_norm`` of ``x + more``, the same (channels,) for all; ``norm`` is weight, bias, eps."""
     out, rows = torch.empty_like(x), x.shape[:-1].numel()
     weight, bias, eps = norm
-    _add_norm[(triton.cdiv(rows, AT_ONCE),)](
-        x, x, x, out, weight, bias, rows, eps, channels=x.shape[-1], has_added=False, at_once=AT_ONCE
-    )
+    _norm[(triton.cdiv(rows, AT_ONCE),)](x, more, out, weight, bias, rows, eps, channels=x.shape[-1], at_once=AT_ONCE)
     return out
-
-
-def add_norm(x: Any, added: Any, norm: tuple[Any, ...]) -> tuple[Any, Any]:
-    """``x + added``, and its norm."""
-    total, out, rows = torch.empty_like(x), torch.empty_like(x), x.shape[:-1].numel()
-    weight, bias, eps = norm
-    _add_norm[(triton.cdiv(rows, AT_ONCE),)](
-        x, added, total, out, weight, bias, rows, eps, channels=x.shape[-1], has_added=True, at_once=AT_ONCE
-    )
-    return total, out
 
 
 def norm_mish(x: Any, norm: tuple[Any, ...], added: Any) -> Any:

@@ -1,0 +1,90 @@
+"""Softmax attention over rows of different lengths, in Triton: its inputs are read where their product lies.
+
+FlashAttention's way (Dao, 2023): a program has some queries of one head, goes through keys and values block by block,
+and keeps the highest score and the sum so far. Of padding nothing is read.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# ruff: noqa: PLR0917 (kernels take pointers and numbers, untyped and many)
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,unused-ignore"
+
+QUERIES = 64
+"""Of a program."""
+KEYS = 64
+"""At a time."""
+
+
+@triton.jit
+def _more(
+    found, total, top, query, key_at, value_at, begin, length, scale,
+    stride: tl.constexpr, channels: tl.constexpr, keys: tl.constexpr, whole: tl.constexpr,
+):  # fmt: skip
+    """With the keys from ``begin`` on; all of them are there if ``whole``."""
+    step = begin + tl.arange(0, keys)
+    channel = tl.arange(0, channels)
+    there = step < length
+    key_at = key_at + step[None, :] * stride + channel[:, None]
+    value_at = value_at + step[:, None] * stride + channel[None, :]
+    key = tl.load(key_at) if whole else tl.load(key_at, mask=there[None, :], other=0.0)
+    score = tl.dot(query, key, input_precision="ieee")
+    if not whole:
+        score = tl.where(there[None, :], score, float("-inf"))
+    higher = tl.maximum(top, tl.max(score, axis=1) * scale)
+    weight = tl.exp2(score * scale - higher[:, None])
+    fade = tl.exp2(top - higher)
+    value = tl.load(value_at) if whole else tl.load(value_at, mask=there[:, None], other=0.0)
+    found = tl.dot(weight.to(value.dtype), value, found * fade[:, None], input_precision="ieee")
+    return found, total * fade + tl.sum(weight, axis=1), higher
+
+
+@triton.jit(do_not_specialize=["width"])
+def _attend(
+    made_at, out_at, counts_at, width, scale,
+    heads: tl.constexpr, channels: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    inner: tl.constexpr = heads * channels
+    stride: tl.constexpr = 3 * inner
+    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    length = tl.load(counts_at + row).to(tl.int32)
+    first = tl.program_id(0) * queries
+    step, channel = first + tl.arange(0, queries), tl.arange(0, channels)
+    inside = (step < width)[:, None]
+    begin = row.to(tl.int64) * width
+    query_at = made_at + begin * stride + head * channels
+    query = tl.load(query_at + step[:, None] * stride + channel[None, :], mask=inside, other=0.0)
+    found = tl.zeros((queries, channels), tl.float32)
+    # Of padding that asks there comes nothing.
+    if first < length:
+        key_at, value_at = query_at + inner, query_at + 2 * inner
+        top = tl.full((queries,), float("-inf"), tl.float32)
+        total = tl.zeros((queries,), tl.float32)
+        whole = length // keys * keys
+        for some in range(0, whole, keys):
+            found, total, top = _more(
+                found, total, top, query, key_at, value_at, some, length, scale, stride, channels, keys, True
+            )
+        if whole < length:
+            found, total, top = _more(
+                found, total, top, query, key_at, value_at, whole, length, scale, stride, channels, keys, False
+            )
+        found = found / total[:, None]
+    out_at += (begin + step)[:, None] * inner + head * channels + channel[None, :]
+    tl.store(out_at, found.to(out_at.dtype.element_ty), mask=inside)
+
+
+def attend(made: Any, heads: int, counts: Any) -> Any:
+    """As ``layers.attend``, with nothing where a row has ended."""
+    batch, width, stacked = made.shape
+    inner = stacked // 3
+    channels = inner // heads
+    out = made.new_empty((batch, width, inner))
+    scale = 1.4426950408889634 / channels**0.5
+    _attend[(triton.cdiv(width, QUERIES), batch * heads)](
+        made, out, counts, width, scale,
+        heads=heads, channels=channels, queries=QUERIES, keys=KEYS, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
