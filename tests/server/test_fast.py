@@ -185,6 +185,7 @@ def test_a_sound_that_nobody_waits_for_is_not_begun() -> None:
         def __init__(self) -> None:
             self.begun: list[int] = []
             self.go = threading.Semaphore(0)
+            self.flowed = None
 
         def speak(self, takes: Any) -> Any:
             self.begun += [take.seed for take in takes]
@@ -206,6 +207,52 @@ def test_a_sound_that_nobody_waits_for_is_not_begun() -> None:
     assert held.begun == [1, 3, 4]
     # Each is by itself: who keeps one keeps nobody else's.
     assert all(sound.base is None for sound in sounds)
+    sounding.close()
+
+
+def test_the_next_batch_begins_once_the_flow_of_the_last_is_over_and_before_its_sound_is_handed_out() -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.s3gen.sound import Take
+    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+
+    class Flowed:
+        def __init__(self) -> None:
+            self.over = threading.Event()
+
+        def synchronize(self) -> None:
+            assert self.over.wait(PATIENCE_S)
+
+    class Noted:
+        """S3Gen as far as it is asked here, noting who was done when a batch began."""
+
+        def __init__(self) -> None:
+            self.flowed = Flowed()
+            self.begun: list[tuple[int, list[bool]]] = []
+
+        def speak(self, takes: Any) -> Any:
+            self.flowed = Flowed()
+            self.begun.append((takes[0].seed, [one.done() for one in asked]))
+            return [torch.zeros(24) for _ in takes]
+
+    noted, asked = Noted(), list[Any]()
+    sounding = Sounding(noted)  # type: ignore[arg-type]
+    voice = {"prompt_token": torch.zeros(1, 5)}
+    asked.append(sounding.ask(Take(tokens=[1], voice=voice, seed=1)))
+    while not noted.begun:
+        time.sleep(0.001)
+    # Later, but more urgent: the third.
+    asked += [sounding.ask(Take(tokens=[1] * 50, voice=voice, seed=2), due_s=time.monotonic() + 9)]
+    asked += [sounding.ask(Take(tokens=[1], voice=voice, seed=3), due_s=0)]
+    for seed in (1, 3, 2):
+        assert noted.begun[-1][0] == seed
+        before = len(noted.begun)
+        noted.flowed.over.set()
+        while seed != 2 and len(noted.begun) == before:
+            time.sleep(0.001)
+    for one in asked:
+        assert one.result(PATIENCE_S).size == 24
+    assert noted.begun[1:] == [(3, [False, False, False]), (2, [True, False, False])]
     sounding.close()
 
 

@@ -269,10 +269,15 @@ def test_a_slot_is_anothers_while_steps_for_who_left_are_on_their_way(kind: str,
             return None
 
     class OnItsWay(T3):
-        def _begun(self, *told: Any) -> Work:
-            work = super()._begun(*told)
-            work._event = Late()
-            return work
+        def step(self, slots: Any, *, sort: bool) -> Work:
+            return late(super().step(slots, sort=sort))
+
+        def read(self, bites: Any, *, sort: bool) -> Work:
+            return late(super().read(bites, sort=sort))
+
+    def late(work: Work) -> Work:
+        work._chosen._event = Late()
+        return work
 
     model = models.lend(kind)
     asked = [

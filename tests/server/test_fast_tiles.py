@@ -91,10 +91,9 @@ def test_an_estimator_is_what_torch_makes_of_it(tiles: Any, models: Models) -> N
     lengths = Lengths.of(torch.tensor([37, 30]), 37)
     x, told = some(2, 37, BANDS), some(2, 37, 3 * BANDS)
     with torch.inference_mode():
-        plain, ours = (
-            Estimator(estimator, torch.linspace(0, 1, 3), dtype=torch.float32, attention=how, kernels=kernels)
-            for how, kernels in (("mask", "torch"), ("triton", "triton"))
-        )
+        times = torch.linspace(0, 1, 3)
+        plain = Estimator(estimator, times, dtype=torch.float32, attention="mask", kernels="torch")
+        ours = Estimator(estimator, times, dtype=torch.float32, attention="triton", kernels="triton")
         made, right = (each(x, each.constant(told, guided=False), lengths, 1) for each in (ours, plain))
     assert apart(made[lengths.valid], right[lengths.valid]) < 1e-4
 

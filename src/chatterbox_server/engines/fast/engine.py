@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -195,8 +196,9 @@ class FastEngine:
             manner = self._manner(utterance, voice)
             prompt = slots.prompt(self._model.t3, self._kind.text(self._model, utterance), manner)
             if self._on_gpu:
-                # Another stream reads it, and need not ask whether it is there.
-                torch.cuda.current_stream(self._device).synchronize()
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(self._device))
+                prompt = replace(prompt, ready=ready)
         longest = self._t3.slots.longest_prompt
         if prompt.length > longest:
             reason = f"the text and its voice are {prompt.length} tokens, and {longest} can be read at once"

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.pinned import sent
 from chatterbox_server.engines.fast.s3gen.flow import BANDS, Asked, Flow
 from chatterbox_server.engines.fast.s3gen.layers import Attention, Kernels
 from chatterbox_server.engines.fast.s3gen.recorded import Recording, Recordings
@@ -153,6 +154,9 @@ class Sound:
             None if watermarker is None else Watermark(watermarker, sample_rate_hz=SAMPLE_RATE_HZ, device=device)
         )
         self.recordings = Recordings(device=device, kept=RECORDINGS_KEPT, record=how.graphs)
+        self.flowed: Any = None
+        """CUDA's event at the end of the last flow: what ``speak`` has asked for is nearly there, and the CPU may begin
+        with what comes next."""
 
     def warm_up(self, shapes: Iterable[tuple[int, int, int]]) -> None:
         """Record (utterances, tokens of the prompt, tokens of each) before anybody waits for them.
@@ -231,6 +235,9 @@ class Sound:
 
     def _spoken(self, batch: Sequence[_Share]) -> list[Any]:
         mel = self._mel(batch).play()
+        if self._device.type == "cuda":
+            self.flowed = torch.cuda.Event(blocking=True)
+            self.flowed.record()
         heard = self._heard(batch, mel)
         samples, phases = heard.play()
         if self._watermark is not None:
@@ -248,7 +255,7 @@ class Sound:
             voice = share.take.voice
             own = share.tokens - len(share.take.tokens)
             asked.tokens[row, :own].copy_(voice["prompt_token"][0])
-            asked.tokens[row, own : share.tokens].copy_(self._here(share.take.tokens))
+            asked.tokens[row, own : share.tokens].copy_(sent(share.take.tokens, self._device))
             asked.heard[row, : share.prompt].copy_(voice["prompt_feat"][0])
             asked.speaker[row].copy_(voice["embedding"][0])
         told = self._sent(
@@ -319,13 +326,7 @@ class Sound:
 
     def _sent(self, rows: Sequence[Sequence[int]]) -> Any:
         """To the device in one piece: (values of each row, rows)."""
-        return self._here(torch.tensor(rows, dtype=torch.int64).T.contiguous())
-
-    def _here(self, told: Any) -> Any:
-        """On the device. From memory that is not pinned, a copy would wait for all that the stream still has to do."""
-        if told.device.type == "cpu" and self._device.type == "cuda":
-            told = told.pin_memory()
-        return told.to(self._device, non_blocking=True)
+        return sent(torch.tensor(rows, dtype=torch.int64).T.contiguous(), self._device)
 
     def _flow_blank(self, rows: int, width: int) -> Asked:
         device, frames = self._device, width * self._flow.frames_per_token

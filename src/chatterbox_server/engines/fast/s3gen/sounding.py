@@ -2,19 +2,21 @@
 
 import contextlib
 import copy
+import functools
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from chatterbox_server.engine import EngineBroken, EngineError
+from chatterbox_server.engines.fast.pinned import Fetched
 from chatterbox_server.engines.fast.s3gen.sound import BATCHES, UNEVEN, Sound, Take
 from chatterbox_server.engines.stock import failures
 
@@ -85,17 +87,20 @@ class Sounding:
     # -- on the thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        """While one batch ends the next begins, so that the GPU has work while the CPU hands out what is done."""
         try:
             with self._around(), torch.inference_mode():
-                while self._next():
-                    for one, outcome in zip(self._in_hand, self._outcomes(self._in_hand), strict=True):
-                        if isinstance(outcome, Exception):
-                            one.future.set_exception(outcome)
-                        else:
-                            one.future.set_result(outcome)
-                    # While it waits, nothing may hold what the last batch held: that is the GPU's memory.
-                    del one, outcome
-                    self._in_hand = []
+                before: _Batch | None = None
+                while (batch := self._next(wait=before is None)) or before:
+                    if batch is not None:
+                        self._begin(batch)
+                    if before is not None:
+                        self._end(before)
+                    # While ``_next`` waits, nothing may hold what a batch held: that is the GPU's memory.
+                    before = batch
+                    if before is not None and before.flowed is not None:
+                        # Until then somebody more urgent may come.
+                        before.flowed.synchronize()
         except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells who asked)
             with self._changed:
                 self._over = failures.ended(THREAD, error)
@@ -107,25 +112,8 @@ class Sounding:
                 one.future.set_exception(self._over)
         self._in_hand, self._waiting = [], []
 
-    def _outcomes(self, batch: list[Waiting]) -> list[NDArray[np.float32] | Exception]:
-        """Together; where that fails each alone, so that nobody suffers for another."""
-        streams = [(one.take.stream, copy.copy(one.take.stream)) for one in batch]
-        try:
-            with self._told():
-                return list(self._spoken([one.take for one in batch]))
-        except EngineBroken:
-            raise
-        except Exception as error:  # noqa: BLE001 (as above)
-            if len(batch) == 1:
-                return [error]
-        for stream, before in streams:
-            if stream is not None and before is not None:
-                for part in fields(stream):
-                    setattr(stream, part.name, getattr(before, part.name))
-        return [self._outcomes([one])[0] for one in batch]
-
-    def _next(self) -> bool:
-        """Take in hand whoever is most urgent, with others of like length; whether all is not over."""
+    def _next(self, *, wait: bool) -> "_Batch | None":
+        """Whoever is most urgent, with others of like length; ``None``: nobody is there, or all is over."""
         with self._changed:
             while self._over is None:
                 self._waiting.sort()
@@ -134,17 +122,78 @@ class Sounding:
                 alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][: BATCHES[-1]]
                 taken = {one.number for one in alike}
                 self._waiting = [one for one in self._waiting if one.number not in taken]
-                self._in_hand = [one for one in alike if one.future.set_running_or_notify_cancel()]
-                if self._in_hand:
-                    return True
+                asked = [one for one in alike if one.future.set_running_or_notify_cancel()]
+                if asked:
+                    self._in_hand += asked
+                    return _Batch(asked)
                 # Else those were given up, and others may wait behind them.
+                if not self._waiting and not wait:
+                    return None
                 self._changed.wait_for(lambda: self._waiting or self._over)
-            return False
+            return None
 
-    def _spoken(self, takes: list[Take]) -> list[NDArray[np.float32]]:
-        samples = self._sound.speak(takes)
-        sizes = [one.numel() for one in samples]
-        # One copy to the host for all of them.
-        whole = torch.cat(samples).cpu().numpy()
-        # Each by itself, for who reads slowly would keep everybody's.
-        return [part.copy() for part in np.split(whole, np.cumsum(sizes)[:-1])]
+    def _begin(self, batch: "_Batch") -> None:
+        try:
+            with self._told():
+                samples = self._sound.speak([one.take for one in batch.asked])
+                # One copy to the host for all of them.
+                batch.sounds = functools.partial(_apart, Fetched(torch.cat(samples)), [one.numel() for one in samples])
+                batch.flowed = self._sound.flowed
+        except EngineBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 (as above)
+            batch.error = error
+
+    def _end(self, batch: "_Batch") -> None:
+        for one, outcome in zip(batch.asked, self._outcomes(batch), strict=True):
+            if isinstance(outcome, Exception):
+                one.future.set_exception(outcome)
+            else:
+                one.future.set_result(outcome)
+        self._in_hand = [one for one in self._in_hand if not one.future.done()]
+
+    def _outcomes(self, batch: "_Batch") -> list[NDArray[np.float32] | Exception]:
+        """Where a batch failed each is spoken alone, so that nobody suffers for another."""
+        if batch.error is None:
+            try:
+                with self._told():
+                    return [*batch.sounds()]
+            except EngineBroken:
+                raise
+            except Exception as error:  # noqa: BLE001 (as above)
+                batch.error = error
+        if len(batch.asked) == 1:
+            return [batch.error]
+        batch.take_back()
+        outcomes = list[NDArray[np.float32] | Exception]()
+        for one in batch.asked:
+            alone = _Batch([one])
+            self._begin(alone)
+            outcomes += self._outcomes(alone)
+        return outcomes
+
+
+class _Batch:
+    """Who is spoken together, and what has come of it."""
+
+    def __init__(self, asked: list[Waiting]) -> None:
+        self.asked = asked
+        self.sounds: Callable[[], list[NDArray[np.float32]]] = list
+        """Waits for them."""
+        self.flowed: Any = None
+        """See ``Sound``."""
+        self.error: Exception | None = None
+        self._streams = [(one.take.stream, copy.copy(one.take.stream)) for one in asked]
+
+    def take_back(self) -> None:
+        """As if nothing had been said."""
+        for stream, before in self._streams:
+            if stream is not None and before is not None:
+                for part in fields(stream):
+                    setattr(stream, part.name, getattr(before, part.name))
+
+
+def _apart(whole: Fetched, sizes: list[int]) -> list[NDArray[np.float32]]:
+    """Each by itself, for who reads slowly would keep everybody's."""
+    (samples,) = whole.wait()
+    return [part.copy() for part in np.split(samples.numpy(), np.cumsum(sizes)[:-1])]

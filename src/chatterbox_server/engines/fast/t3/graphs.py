@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from chatterbox_server.engines.fast.pinned import Fetched, sent
 from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite, Chosen, Slots
 from chatterbox_server.engines.stock import cards
 
@@ -25,19 +26,17 @@ class Work:
     slots: tuple[int, ...]
     heard: tuple[bool, ...]
     """Whether that slot's token is one that was chosen now."""
-    _tokens: torch.Tensor
-    _ended: torch.Tensor
-    _event: Any = None
+    _chosen: Fetched
 
     @property
     def there(self) -> bool:
-        return self._event is None or bool(self._event.query())
+        return self._chosen.there
 
     def wait(self) -> list[tuple[int, int, bool]]:
         """Slot, token, and whether it was the last, of each slot that chose one."""
-        if self._event is not None:
-            self._event.synchronize()
-        told = zip(self.slots, self.heard, self._tokens.tolist(), self._ended.tolist(), strict=False)
+        tokens, ended = self._chosen.wait()
+        # What was filled up is at the end.
+        told = zip(self.slots, self.heard, tokens.tolist(), ended.tolist(), strict=False)
         return [(slot, token, ended) for slot, heard, token, ended in told if heard]
 
 
@@ -79,7 +78,7 @@ class T3:
             # Last: what fails has told nothing.
             self._tell(size.inputs[0], filled)
             size.told = filled
-        return self._begun(tuple(slots), (True,) * len(slots), self._run(size, sort=sort))
+        return Work(tuple(slots), (True,) * len(slots), Fetched(*self._run(size, sort=sort)))
 
     def read(self, bites: Sequence[Bite], *, sort: bool) -> Work:
         """Bites of prompts of different slots, no more than the last of ``READERS``."""
@@ -87,9 +86,8 @@ class T3:
         x, *rest = size.inputs
         for tensor, numbers in zip(rest, self.slots.fill(x, bites), strict=True):
             self._tell(tensor, numbers)
-        return self._begun(
-            tuple(bite.slot for bite in bites), tuple(bite.last for bite in bites), self._run(size, sort=sort)
-        )
+        heard = tuple(bite.last for bite in bites)
+        return Work(tuple(bite.slot for bite in bites), heard, Fetched(*self._run(size, sort=sort)))
 
     def _stepping(self, size: int, *, by_kernels: bool, early: bool) -> _Size:
         slots = torch.full((size,), self.slots.spare, device=self.slots.device)
@@ -141,16 +139,4 @@ class T3:
         return graph, chosen
 
     def _tell(self, tensor: torch.Tensor, numbers: Sequence[int]) -> None:
-        told = torch.tensor(numbers)
-        # A pinned tensor is kept by torch until the copy is done.
-        tensor.copy_(told.pin_memory() if self._on_gpu else told, non_blocking=True)
-
-    def _begun(self, slots: tuple[int, ...], heard: tuple[bool, ...], chosen: Chosen) -> Work:
-        if not self._on_gpu:
-            return Work(slots, heard, *(one.clone() for one in chosen))
-        tokens, ended = (torch.empty(one.shape, dtype=one.dtype, pin_memory=True) for one in chosen)
-        for there, one in zip((tokens, ended), chosen, strict=True):
-            there.copy_(one, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return Work(slots, heard, tokens, ended, event)
+        tensor.copy_(sent(torch.tensor(numbers), tensor.device))

@@ -11,6 +11,7 @@ import torch
 
 from chatterbox_server.engine import Sampling
 from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.pinned import sent
 from chatterbox_server.engines.stock.kinds import COLDEST, TINY_CFG_WEIGHT
 
 
@@ -40,7 +41,7 @@ class Knobs:
         columns = zip(*(_values(seed, sampling, vocabulary) for seed, sampling in told), strict=True)
         for knob, column in zip(fields(self), columns, strict=True):
             kept = getattr(self, knob.name)
-            kept[places] = torch.tensor(column, dtype=kept.dtype).to(kept.device, non_blocking=True)
+            kept[places] = sent(torch.tensor(column, dtype=kept.dtype), kept.device)
 
 
 def sorts(sampling: Sampling, *, by_count: bool) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from chatterbox_server.engine import Sampling
 from chatterbox_server.engines.fast import noise
+from chatterbox_server.engines.fast.pinned import sent
 from chatterbox_server.engines.fast.t3 import backbone, sampling
 from chatterbox_server.engines.fast.t3.alignment import Alignment, Glance
 from chatterbox_server.engines.stock.kinds import MOST_TOKENS
@@ -35,6 +36,8 @@ class Prompt:
     """``(rows, length, dim)``, float32: two rows where text guides, the second without it; else one."""
     text: range = range(0)
     """Where in it the text is, start and stop among it."""
+    ready: Any = None
+    """CUDA's event before which it is not there, if another stream than the reader's makes it."""
 
     @property
     def length(self) -> int:
@@ -120,6 +123,10 @@ class Slots:
         Where ``x`` has more places than there are bites, the slot is the spare one.
         """
         for place, bite in enumerate(bites):
+            if bite.prompt.ready is not None:
+                stream = torch.cuda.current_stream(self.device)
+                stream.wait_event(bite.prompt.ready)
+                bite.prompt.embeds.record_stream(stream)
             part = bite.prompt.embeds[:, bite.begin : bite.begin + CHUNK]
             x[place, :, : part.shape[1]] = part
         rest = x.shape[0] - len(bites)
@@ -190,7 +197,7 @@ class Slots:
         return (slots[:, None] * self.rows + torch.arange(self.rows, device=self.device)).flatten()
 
     def _on_device(self, numbers: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(list(numbers), dtype=torch.int64).to(self.device, non_blocking=True)
+        return sent(torch.tensor(list(numbers), dtype=torch.int64), self.device)
 
 
 def embedded(t3: Any, conditionals: Any) -> torch.Tensor:
