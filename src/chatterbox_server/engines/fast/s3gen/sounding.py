@@ -97,10 +97,13 @@ class Sounding:
                     if before is not None:
                         self._end(before)
                     # While ``_next`` waits, nothing may hold what a batch held: that is the GPU's memory.
-                    before = batch
+                    before, batch = batch, None
                     if before is not None and before.flowed is not None:
                         # Until then somebody more urgent may come.
                         before.flowed.synchronize()
+                    elif before is not None:
+                        self._end(before)
+                        before = None
         except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells who asked)
             with self._changed:
                 self._over = failures.ended(THREAD, error)
