@@ -235,7 +235,7 @@ def test_multilingual_chooses_the_tokens_that_the_package_chooses_watching_itsel
         assert rules <= found, (sort, found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "multilingual"])
 def test_bfloat16_changes_logits_by_little(kind: str, models: Models) -> None:
     """All positions of a prompt and random tokens behind it, at once."""
     import torch
