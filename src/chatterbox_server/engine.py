@@ -24,6 +24,11 @@ class EngineError(Exception):
 class OutOfMemory(EngineError):
     """The utterance did not fit into the GPU's memory; a shorter one may, once ``free`` was called."""
 
+    def __init__(self, message: str, *, freed: bool = False) -> None:
+        super().__init__(message)
+        self.freed = freed
+        """The engine has called it already, once for all whom this is told."""
+
 
 class EngineBroken(EngineError):
     """The engine will never speak again in this process (a CUDA error that poisons the context)."""

@@ -34,7 +34,7 @@ def speak(
 ) -> Sound:
     """Speak ``utterance``, once more if it came out too short or too long for its text and nobody has heard of it yet.
 
-    ``free`` has the engine give memory back, as soon as it has nothing else in hand.
+    ``free`` has the engine give memory back, as soon as it has nothing else in hand; not where it has done so itself.
 
     Raises:
         Dropped, Refused, EngineError: as the engine does; ``OutOfMemory`` only if smaller bites did not fit either.
@@ -62,11 +62,13 @@ def _in_memory(
     """The sound, in halves where the whole does not fit."""
     try:
         return _readable(engine, utterance, errand), ()
-    except OutOfMemory:
+    except OutOfMemory as error:
         if errand.given:
             raise
+        freed = error.freed
     # Outside that handler, whose exception holds the frames that hold the memory.
-    free()
+    if not freed:
+        free()
     return _in_halves(engine, utterance, errand), ("out_of_memory",)
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,17 @@ import pytest
 from numpy.typing import NDArray
 
 from chatterbox_server import speaker
-from chatterbox_server.engine import Dropped, EngineBroken, EngineError, Errand, Refused, Utterance
+from chatterbox_server.engine import (
+    Dropped,
+    EngineBroken,
+    EngineError,
+    Errand,
+    OutOfMemory,
+    Refused,
+    Sampling,
+    Utterance,
+)
+from chatterbox_server.joints import Joints
 from chatterbox_server.settings import Settings
 from server import tiny
 from server.fakes import PATIENCE_S, a_client, a_queue, an_utterance, run, until
@@ -272,6 +283,121 @@ def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(
             with pytest.raises(RuntimeError, match="a step into nothing"):
                 one.result(PATIENCE_S)
     assert near(known_sound(engine), expected)
+
+
+@pytest.mark.parametrize(("work", "short"), [("step", (0, 1, 2)), ("read", (1, 2))])
+def test_where_t3_runs_out_of_memory_the_cache_is_emptied_once_and_whom_it_concerns_is_spoken_again(
+    work: str, short: tuple[int, ...], engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, with three in hand: in a step of all of them, or in a bite of two prompts while the first speaks."""
+    import torch
+
+    from chatterbox_server.engines.stock import cards
+
+    class Large:
+        """As a tensor on the GPU would be."""
+
+    expected = [engine.synthesize(plain(engine, seed=seed), Errand()) for seed in range(4)]
+    let_go, step, read = cards.let_go, engine._t3.step, engine._t3.read
+    batch, held, emptied = engine._batch, list[Any](), list[Any]()
+
+    def emptying(used: Any) -> None:
+        let_go(used)
+        emptied.append([one() for one in held])
+
+    def fails() -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def stepping(slots: Any, **told: Any) -> Any:
+        until_s = time.monotonic() + PATIENCE_S
+        while len(batch._in_hand) + len(batch._asked) < 3 and not held and time.monotonic() < until_s:
+            time.sleep(0.001)
+        if work == "step" and len(slots) == 3 and not held:
+            fails()
+        return step(slots, **told)
+
+    def reading(bites: Any, **told: Any) -> Any:
+        if work == "read" and len(bites) == 2 and not held:
+            fails()
+        return read(bites, **told)
+
+    monkeypatch.setattr(cards, "let_go", emptying)
+    monkeypatch.setattr(engine._t3, "step", stepping)
+    monkeypatch.setattr(engine._t3, "read", reading)
+
+    def speak(seed: int) -> speaker.Sound:
+        return speaker.speak(engine, plain(engine, seed=seed), Errand(), engine.free, check_duration=False)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(speak, 0)
+        run(until(lambda: any(line.launched for line in batch._in_hand)))
+        asked = [first, *(pool.submit(speak, seed) for seed in (1, 2))]
+        sounds = [one.result(PATIENCE_S) for one in asked]
+    for seed, sound in enumerate(sounds):
+        # Of halves, here a single one, the edges are trimmed.
+        right = Joints(engine.sample_rate_hz).join(expected[seed], 0.0) if seed in short else expected[seed]
+        assert near(sound.samples, right), seed
+    assert [number for number, sound in enumerate(sounds) if sound.remarks == ("out_of_memory",)] == list(short)
+    # Nothing of what failed was held when it was.
+    assert emptied == [[None]]
+    assert near(speak(3).samples, expected[3])
+    assert len(emptied) == 1
+
+
+def test_while_no_prompt_can_be_read_whoever_speaks_goes_on(
+    engine: "FastEngine", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is always somebody who asks, and memory for none of them."""
+    import torch
+
+    from chatterbox_server.engines.stock import cards
+
+    expected, read, batch = known_sound(engine), engine._t3.read, engine._batch
+    begun, over = threading.Event(), threading.Event()
+
+    def reading(bites: Any, **told: Any) -> Any:
+        if not begun.is_set() or over.is_set():
+            begun.set()
+            return read(bites, **told)
+        # There are as many who ask as there are places: one of them is not in hand, and soon waits.
+        while not (batch._asked or over.wait(0.001)):
+            pass
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def ask() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OutOfMemory):
+                known_sound(engine)
+
+    monkeypatch.setattr(cards, "let_go", lambda _cards: None)
+    monkeypatch.setattr(engine._t3, "read", reading)
+    with ThreadPoolExecutor(engine.places + 1) as pool:
+        first = pool.submit(known_sound, engine)
+        try:
+            assert begun.wait(PATIENCE_S)
+            others = [pool.submit(ask) for _ in range(engine.places)]
+            assert near(first.result(10.0), expected)
+        finally:
+            over.set()
+        for other in others:
+            other.result(PATIENCE_S)
+
+
+def test_what_is_kept_of_having_run_out_of_memory_holds_no_frames() -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.t3.batch import Line
+    from chatterbox_server.engines.fast.t3.slots import Prompt
+
+    line = Line(Prompt(torch.zeros(1, 1, 1)), 0, Sampling(), limit=9)
+    kept = OutOfMemory("the GPU is out of memory", freed=True)
+    line.end(kept)
+    with pytest.raises(OutOfMemory, match="the GPU is out of memory") as told:
+        line.wait(Errand(), enough=1)
+    assert told.value.freed
+    assert kept.__traceback__ is None
 
 
 STEPS = {"t3": "step", "s3gen": "speak"}

@@ -139,9 +139,14 @@ class TestTheRealClasses:
         for error in (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+            RuntimeError("Triton Error [CUDA]: out of memory"),
         ):
-            with pytest.raises(OutOfMemory, match="the GPU is out of memory"), failures.told(["cuda:0"]):
+            said = f"the GPU is out of memory: {failures.one_line(error)}"
+            # Told once, however many stand around it.
+            with pytest.raises(OutOfMemory) as told, failures.told(["cuda:0"]), failures.told(["cuda:0"]):
                 raise error
+            assert str(told.value) == said
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_no_voice_and_no_exaggeration_leaks(self, kind: str, build: Build, recordings: Path) -> None:

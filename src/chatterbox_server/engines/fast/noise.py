@@ -2,7 +2,7 @@
 
 So an utterance's noise does not depend on who shares its batch, on how long it becomes, or in which bites it is spoken.
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a counter in, random bits out, no
-state. Plain torch, for any device, to be compiled or captured; ``kernels`` beside this draws the same bits.
+state. Plain torch, for any device, to be compiled or captured; ``t3.choosing`` draws the same bits.
 """
 
 from typing import Final

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from chatterbox_server.engine import Dropped, EngineBroken, OutOfMemory, Refused
+from chatterbox_server.engine import Dropped, EngineBroken, EngineError, OutOfMemory, Refused
 from chatterbox_server.engines.stock import cards
 
 FATAL: Final = (
@@ -17,28 +17,28 @@ FATAL: Final = (
 )
 """Words of errors after which no later call can be trusted, wherever they were noticed."""
 
+NO_MEMORY: Final = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory", "Triton Error [CUDA]: out of memory")
+"""What cuBLAS and cuDNN, CUDA (a graph, pinned memory) and Triton call what torch has an exception of its own for."""
+
 
 @contextlib.contextmanager
 def told(used: Sequence[str]) -> Iterator[None]:
     """Around work on the cards in ``used``, none for work on the CPU alone.
 
     Raises:
-        OutOfMemory, EngineBroken: for what was raised; anything else passes as it is.
+        OutOfMemory, EngineBroken: for what was raised; anything else passes as it is, the engine's own words too.
     """
     import torch
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        msg = f"the GPU is out of memory: {one_line(error)}"
-        raise OutOfMemory(msg) from error
+    except (EngineError, Refused, Dropped):
+        raise
     except Exception as error:
-        if "STATUS_ALLOC_FAILED" in str(error):
-            # cuBLAS and cuDNN have words of their own for it.
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY):
             msg = f"the GPU is out of memory: {one_line(error)}"
             raise OutOfMemory(msg) from error
-        if not isinstance(error, Refused | Dropped):
-            check(used, error)
+        check(used, error)
         raise
 
 

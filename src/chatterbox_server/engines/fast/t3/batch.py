@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, Sampling
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, OutOfMemory, Sampling
 from chatterbox_server.engines.fast.t3 import sampling as rules
 from chatterbox_server.engines.fast.t3.graphs import READERS, T3, Work
 from chatterbox_server.engines.fast.t3.slots import CHUNK, Bite, Prompt
@@ -64,6 +64,9 @@ class Line:
                 break
             self._news.wait(LOOK_UP_S)
             errand.check()
+        if isinstance(self.error, OutOfMemory):
+            # One of its own: what is kept would keep the frames that it is raised through, and they hold memory.
+            raise OutOfMemory(str(self.error), freed=self.error.freed)
         if self.error is not None:
             raise self.error
         return list(self.tokens)
@@ -75,9 +78,10 @@ class Line:
             self._news.set()
 
     def end(self, error: Exception | None = None) -> None:
-        self.error = self.error or error
-        self.over = True
-        self._news.set()
+        """What is over stays as it is."""
+        if not self.over:
+            self.error, self.over = error, True
+            self._news.set()
 
 
 class Batch:
@@ -90,17 +94,23 @@ class Batch:
         by_count: bool,
         around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         told: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        free: Callable[[], None] = lambda: None,
     ) -> None:
-        """``by_count``: top_k is heeded. ``around`` is entered by the thread for good, ``told`` for each turn of it."""
+        """``by_count``: top_k is heeded. ``around`` is entered by the thread for good, ``told`` for half a turn.
+
+        ``free`` gives memory back; it is called where that half ran out of it, before anybody is told.
+        """
         self._t3 = t3
         self._by_count = by_count
-        self._around, self._told = around, told
+        self._around, self._told, self._free_memory = around, told, free
         self._changed = threading.Condition()
         self._asked: deque[Line] = deque()
         self._over: EngineError | None = None
         self._free = list(reversed(range(t3.slots.slots)))
         self._in_hand: list[Line] = []
         self._on_way: deque[tuple[Work, tuple[Line, ...]]] = deque()
+        self._concerned: Sequence[Line] = ()
+        """Those whom a failure of what is done now would concern."""
         threading.Thread(target=self._work, name=THREAD, daemon=True).start()
 
     @property
@@ -136,14 +146,10 @@ class Batch:
         try:
             with self._around(), torch.inference_mode():
                 while self._wait():
-                    try:
-                        with self._told():
-                            self._turn()
-                    except EngineBroken:
-                        raise
-                    except Exception as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
-                        self._fail(error)
-        except BaseException as error:  # noqa: BLE001 (as above)
+                    # By themselves: while no prompt can be read, whoever speaks goes on.
+                    self._tell(self._failure(self._read_on))
+                    self._tell(self._failure(self._speak_on))
+        except BaseException as error:  # noqa: BLE001 (a thread has nobody above it: it tells who waits)
             with self._changed:
                 self._over = failures.ended(THREAD, error)
         for line in (*self._in_hand, *self._asked):
@@ -155,7 +161,22 @@ class Batch:
             self._changed.wait_for(lambda: self._asked or self._in_hand or self._on_way or self._over)
             return self._over is None
 
-    def _turn(self) -> None:
+    def _failure(self, half: Callable[[], None]) -> Exception | None:
+        """Of that ``half`` of a turn."""
+        try:
+            with self._told():
+                half()
+        except EngineBroken:
+            raise
+        except OutOfMemory as error:
+            # Another, that holds no frames: what they hold is the memory that has to come back.
+            return OutOfMemory(str(error), freed=True)
+        except Exception as error:  # noqa: BLE001 (as above)
+            return error
+        return None
+
+    def _read_on(self) -> None:
+        """Slots change hands, and prompts are read."""
         self._let_go()
         self._let_in()
         for _ in range(READS_IN_A_ROW):
@@ -163,15 +184,22 @@ class Batch:
             if not reading:
                 break
             self._read(reading)
+
+    def _speak_on(self) -> None:
+        """Whoever speaks takes a step, and what is there is heard."""
         speaking = [line for line in self._in_hand if line.launched and line.launched < line.limit and not line.over]
         if speaking:
+            self._concerned = speaking
             work = self._t3.step([line.slot for line in speaking], sort=self._sorts(speaking))
             for line in speaking:
                 line.launched += 1
             self._on_way.append((work, tuple(speaking)))
         # With nothing to launch, what is on its way is all there is to wait for.
         most = AHEAD if speaking else 0
-        while self._on_way and (len(self._on_way) > most or self._on_way[0][0].there):
+        while self._on_way:
+            work, self._concerned = self._on_way[0]
+            if len(self._on_way) <= most and not work.there:
+                break
             self._hear(*self._on_way.popleft())
 
     def _let_in(self) -> None:
@@ -183,6 +211,7 @@ class Batch:
                     line.slot = self._free.pop()
                     newcomers.append(line)
         if newcomers:
+            self._concerned = newcomers
             self._in_hand += newcomers
             self._t3.slots.begin([(line.slot, line.prompt, line.seed, line.sampling, line.limit) for line in newcomers])
 
@@ -190,6 +219,7 @@ class Batch:
         """Slots of those who are done, or whom nobody listens to. What is on its way for them does no harm."""
         left = [line for line in self._in_hand if line.left and not line.over]
         if left:
+            self._concerned = left
             self._t3.slots.end([line.slot for line in left])
         for line in left:
             line.end()
@@ -198,6 +228,7 @@ class Batch:
             self._free.append(line.slot)
 
     def _read(self, reading: Sequence[Line]) -> None:
+        self._concerned = reading
         bites = [Bite(line.slot, line.prompt, line.read) for line in reading]
         work = self._t3.read(bites, sort=self._sorts(reading))
         for line in reading:
@@ -215,10 +246,14 @@ class Batch:
             if not by_slot[slot].over:
                 by_slot[slot].hear(token, ended=ended)
 
-    def _fail(self, error: Exception) -> None:
-        """Everybody in hand is told; those who come are served anew, if the GPU still serves."""
-        self._on_way.clear()
-        for line in self._in_hand:
-            line.end(error)
-        with contextlib.suppress(Exception):
-            self._t3.slots.done.fill_(True)
+    def _tell(self, failure: Exception | None) -> None:
+        """Whom a ``failure`` concerns; the others go on, and those who come are served."""
+        if isinstance(failure, OutOfMemory):
+            # Once for all of them, and before the first asks again.
+            with contextlib.suppress(Exception):
+                self._free_memory()
+        if failure is not None:
+            for line in self._concerned:
+                line.end(failure)
+            self._on_way = deque((work, lines) for work, lines in self._on_way if not all(line.over for line in lines))
+        self._concerned = ()
