@@ -577,19 +577,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) whole(const Told told) 
 #endif
       Attention mine{MINUS_INFINITY, 0.0f, {}};
       // Lanes of a warp go on together: where one has a position, all come along.
-      for (int from = 0;;) {
-        float scores[AHEAD];
-        UNROLL for (int n = 0; n < AHEAD; n++) {
-          const float score = score_of(k[n], query);
-          scores[n] = span.has(from + n) ? score : MINUS_INFINITY;
+      for (int from = 0; __any_sync(ALL, span.has(from));) {
+        UNROLL for (int two = 0; two < AHEAD; two += 2) {
+          if (two && !__any_sync(ALL, span.has(from + two))) break;
+          float scores[2];
+          const uint4 values[2] = {v[two], v[two + 1]};
+          UNROLL for (int n = 0; n < 2; n++) {
+            const bool there = span.has(from + two + n);
+            const float score = score_of(k[two + n], query);
+            scores[n] = there ? score : MINUS_INFINITY;
 #if WATCHED
-          if (watches && span.has(from + n)) scores_of[span.first + (from + n) * ROUND] = score / LOG2_E;
+            if (watches && there) scores_of[span.first + (from + two + n) * ROUND] = score / LOG2_E;
 #endif
+          }
+          attend(mine, scores, values);
         }
-        attend(mine, scores, v);
         from += AHEAD;
-        if (!__any_sync(ALL, span.has(from))) break;
-        span.load(k, v, from);
+        if (__any_sync(ALL, span.has(from))) span.load(k, v, from);
       }
       if (has_newest) {
         const int apart = M * HEADS * (HD / 4);
