@@ -3,12 +3,13 @@
     python scripts/gpu/fast_t3.py | tee scripts/gpu/fast_t3.txt
     python scripts/gpu/fast_t3.py turbo
     python scripts/gpu/fast_t3.py multilingual
-    python scripts/gpu/fast_t3.py --only speed,profile
+    python scripts/gpu/fast_t3.py --only agreement,speed
 
 Weights are random at full size: the arithmetic, memory and time of the real model. Every utterance is as long as it is
 told to be; multilingual's end also where its alignment says so, by weights that make it say so. Beside each step's time
 stands its floor: the bytes of weights, keys and values that it has to read, over the bandwidth of a large copy,
-measured here. Fails if in float32 a token differs from the package's own loop.
+measured here. Fails if in float32 a token differs from the package's own loop, or if in bfloat16 a step in one launch
+is further from a step by many than rounding explains.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ TEXT_TOKENS = 141
 SHORT_TEXT_TOKENS = 12
 """So few are said within the tokens that are compared."""
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+AT_ONCE = SIZES[:3]
+"""For so many utterances all layers go in one launch."""
+POSITIONS = (0, 5, 63, 64, 65, 255, 256, 304, 999)
+ROUNDING = 2e-2
+"""Relative error that bfloat16 explains: its logits are half of that from float32's."""
+STATE = ("last", "count", "position", "done", "seen")
+WATCHING = ("reached", "complete", "lingered", "again", "before", "verdicts")
 GUIDED = (
     Sampling(),
     Sampling(temperature=1.0, cfg_weight=0.0, min_p=0.0, repetition_penalty=1.0),
@@ -252,7 +260,86 @@ def precision(lab: Lab) -> None:
     print(f"  bf16 logits are {error:.2e} off (relative), the most likely token is the same in {agree:.1%}", flush=True)
 
 
+def agreement(lab: Lab) -> bool:
+    """One step in one launch beside one by many, from the same state, in bfloat16."""
+    from chatterbox_server.engines.fast.t3 import whole
+    from chatterbox_server.engines.fast.t3.stepper import Stepper
+
+    held = Slots(lab.t3, slots=max(AT_ONCE), dtype=torch.bfloat16, most_tokens=400, longest=640)
+    held.stop = -1
+    prompt = lab.prompt(1)
+    states = [getattr(held, name) for name in STATE]
+    states += [getattr(held.alignment, name) for name in WATCHING] if held.alignment is not None else []
+    cache, t3, right = held.cache, T3(held, by_kernels=True, at_once=True), True
+    for size in AT_ONCE:
+        numbers = torch.arange(size, device="cuda")
+        rows = (numbers[:, None] * held.rows + torch.arange(held.rows, device="cuda")).flatten()
+        many, one = Stepper(held, size), Stepper(held, size, at_once=True, bounded=True)
+        if not isinstance(one.whole, whole.Whole):
+            print(f"  {size} together: {one.whole}", flush=True)
+            right &= lab.kind == "turbo" or torch.cuda.get_device_capability() < (9, 0)
+            continue
+        held.begin([(n, prompt, n, lab.samplings[0], 10**6) for n in range(size)])
+        same = chosen = 0
+        worst, of_cache, of_scores = 0.0, 0.0, 0.0
+        for position in POSITIONS:
+            torch.manual_seed(position)
+            for part in (cache.keys, cache.values):
+                part.normal_()
+            # Each is somewhere else.
+            held.position[:size] = position + 7 * numbers
+            held.count[:size] = 3
+            held.last[:size] = torch.randint(0, 6561, (size,), device="cuda")
+            for step in range(3):
+                before = [state.clone() for state in states]
+                at = held.position[:size].repeat_interleave(held.rows)
+                many.step(numbers, sort=False)
+                written = [part[:, rows, :, at].float() for part in (cache.keys, cache.values)]
+                after = [state.clone() for state in states]
+                put(states, before)
+                for part in (cache.keys, cache.values):
+                    part[:, rows, :, at] = float("nan")
+                tokens = one.step(numbers, sort=False)[0].tolist()
+                if one.whole.stuck:
+                    print(f"  {size} together at {position}, step {step}: {one.whole.stuck}", flush=True)
+                    return False
+                off = relative(one.logits, many.logits)
+                worst, same = max(worst, off), same + int((one.logits.argmax(-1) == many.logits.argmax(-1)).sum())
+                for part, by_many in zip((cache.keys, cache.values), written, strict=True):
+                    of_cache = max(of_cache, relative(part[:, rows, :, at].float(), by_many))
+                if held.alignment is not None:
+                    seen = torch.arange(cache.positions, device="cuda") <= at[:: held.rows, None, None]
+                    of_scores = max(of_scores, relative(*(s.scores.where(seen, 0) for s in (one, many))))
+                if not off < ROUNDING:
+                    print(f"  {size} together at {position}, step {step}: {off:.2e} off", flush=True)
+                # Now the same again as a CUDA graph, which has to choose the very same.
+                put(states, before)
+                captured = [token for _, token, _ in t3.step(range(size), sort=False).wait()]
+                chosen += captured == tokens
+                right &= captured == tokens
+                put(states, after)
+        right &= max(worst, of_cache, of_scores) < ROUNDING
+        steps = 3 * len(POSITIONS)
+        print(f"  {size} together: logits {worst:.2e} off, new keys and values {of_cache:.2e}, scores {of_scores:.2e}; "
+              f"the most likely token is the same in {same / (steps * size * held.rows):.1%}; "
+              f"captured, {chosen} of {steps} steps choose the same", flush=True)  # fmt: skip
+    return right
+
+
+def put(states: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for state, value in zip(states, values, strict=True):
+        state.copy_(value)
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Infinite where there is anything that is no number."""
+    off = float((one - other).norm() / other.norm())
+    return off if off == off else float("inf")  # noqa: PLR0124 (a NaN)
+
+
 def speed(lab: Lab) -> None:
+    from chatterbox_server.engines.fast.t3.stepper import Stepper
+
     held = Slots(lab.t3, slots=64, dtype=torch.bfloat16, most_tokens=400, longest=640)
     weights = sum(one.numel() for layer in held.backbone.layers for one in (layer.qkv, layer.out, layer.up, layer.down))
     weights = (weights + held.backbone.head.numel()) * 2
@@ -263,8 +350,16 @@ def speed(lab: Lab) -> None:
     at = torch.full_like(held.position, positions)
     print(f"bfloat16, at {positions} positions:")
     print(f"{'steps by':<10} {'together':>8} {'ms a step':>10} {'floor ms':>9} {'tokens/s':>9}")
-    for name, early, sizes in (("kernels", False, SIZES), ("early", True, SIZES[:1])):
-        t3 = T3(held, by_kernels=True, early=early)
+    ways: tuple[tuple[str, dict[str, bool], tuple[int, ...]], ...] = (
+        ("kernels", {}, SIZES),
+        ("early", {"early": True}, SIZES[:1]),
+        ("one launch", {"at_once": True}, AT_ONCE),
+    )
+    for name, how, sizes in ways:
+        if "at_once" in how and isinstance(refused := Stepper(held, 1, **how).whole, str):
+            print(f"{name:<10} {refused}", flush=True)
+            continue
+        t3 = T3(held, by_kernels=True, **how)
         for size in sizes:
             held.begin([(n, prompt, n, lab.samplings[0], 10**6) for n in range(size)])
 
@@ -292,9 +387,10 @@ def profile(lab: Lab) -> None:
 
     held = Slots(lab.t3, slots=64, dtype=torch.bfloat16, most_tokens=400, longest=640)
     prompt = lab.prompt(1)
-    for size, early in ((1, False), (1, True), (64, False)):
+    ways: tuple[tuple[int, dict[str, bool]], ...] = ((1, {}), (1, {"early": True}), (1, {"at_once": True}), (64, {}))
+    for size, how in ways:
         try:
-            t3 = T3(held, by_kernels=True, early=early)
+            t3 = T3(held, by_kernels=True, **how)
             held.begin([(n, prompt, n, lab.samplings[0], 10**6) for n in range(size)])
             for _ in range(4):
                 t3.step(list(range(size)), sort=False)
@@ -304,7 +400,9 @@ def profile(lab: Lab) -> None:
                     t3.step(list(range(size)), sort=False)
                 torch.cuda.synchronize()
             rows = sorted(seen.key_averages(), key=lambda row: -row.device_time_total)[:12]
-            print(f"\n{size} together{', early' if early else ''}: microseconds a step, launches a step, kernel")
+            print(
+                f"\n{size} together{''.join(f', {name}' for name in how)}: microseconds a step, launches a step, kernel"
+            )
             for row in rows:
                 print(f"  {row.device_time_total / 5:8.1f} {row.count / 5:6.1f}  {row.key[:90]}")
         except Exception:  # noqa: BLE001
@@ -314,11 +412,11 @@ def profile(lab: Lab) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", default="chatterbox", choices=KINDS)
-    parser.add_argument("--only", default="equality,precision,speed,profile")
+    parser.add_argument("--only", default="equality,precision,agreement,speed,profile")
     asked = parser.parse_args()
     print(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout.strip())
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__}")
-    same, only = True, asked.only.split(",")
+    same, agrees, only = True, True, asked.only.split(",")
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
         lab = Lab(asked.kind)
         if "equality" in only:
@@ -327,12 +425,17 @@ def main() -> None:
         if "precision" in only:
             precision(lab)
         torch.cuda.empty_cache()
+        if "agreement" in only:
+            print("bfloat16, a step in one launch beside one by many:")
+            agrees = agreement(lab)
         if "speed" in only:
             speed(lab)
         if "profile" in only:
             profile(lab)
     if not same:
         sys.exit("cannot confirm that T3 chooses what the package chooses: see above")
+    if not agrees:
+        sys.exit("cannot confirm that a step in one launch is what it is by many: see above")
 
 
 if __name__ == "__main__":

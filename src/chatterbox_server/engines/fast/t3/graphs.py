@@ -54,14 +54,27 @@ class _Size:
 class T3:
     """Of some slots. For one thread, and on a GPU for one stream."""
 
-    def __init__(self, slots: Slots, *, by_kernels: bool = False, early: bool = False, capture: bool = True) -> None:
-        """``by_kernels``: steps are Triton's, else torch's. ``capture`` is heeded on a GPU alone."""
+    def __init__(
+        self,
+        slots: Slots,
+        *,
+        by_kernels: bool = False,
+        early: bool = False,
+        at_once: bool = False,
+        capture: bool = True,
+    ) -> None:
+        """``by_kernels``: steps are Triton's, else torch's. ``capture`` is heeded on a GPU alone.
+
+        ``early``, ``at_once``: see ``Stepper``.
+        """
         self.slots = slots
         self._on_gpu = slots.device.type == "cuda"
         self._capture = capture and self._on_gpu
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
         sizes = sorted({min(2**power, slots.slots) for power in range(slots.slots.bit_length() + 1)})
-        self._steps = {size: self._stepping(size, by_kernels=by_kernels, early=early) for size in sizes}
+        self._steps = {
+            size: self._stepping(size, by_kernels=by_kernels, early=early, at_once=at_once) for size in sizes
+        }
         self._reads = {size: self._reading(size, by_kernels=by_kernels) for size in READERS}
 
     def warm_up(self) -> None:
@@ -89,12 +102,12 @@ class T3:
         heard = tuple(bite.last for bite in bites)
         return Work(tuple(bite.slot for bite in bites), heard, Fetched(*self._run(size, sort=sort)))
 
-    def _stepping(self, size: int, *, by_kernels: bool, early: bool) -> _Size:
+    def _stepping(self, size: int, *, by_kernels: bool, early: bool, at_once: bool) -> _Size:
         slots = torch.full((size,), self.slots.spare, device=self.slots.device)
         if by_kernels:
             from chatterbox_server.engines.fast.t3.stepper import Stepper
 
-            stepper = Stepper(self.slots, size, early=early)
+            stepper = Stepper(self.slots, size, early=early, at_once=at_once)
             return _Size((slots,), lambda sort: stepper.step(slots, sort=sort))
         return _Size((slots,), lambda sort: self.slots.step(slots, sort=sort))
 

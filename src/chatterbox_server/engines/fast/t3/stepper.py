@@ -1,4 +1,4 @@
-"""T3's work by ``kernels`` and ``choosing``: the blocks of each, and the buffers between them. Captures nothing."""
+"""T3's work by ``kernels``, or ``whole``, and ``choosing``: blocks of each, and buffers between. Captures nothing."""
 
 from typing import Any, Final
 
@@ -6,7 +6,7 @@ import torch
 import triton
 from torch.nn import functional
 
-from chatterbox_server.engines.fast.t3 import choosing, kernels
+from chatterbox_server.engines.fast.t3 import choosing, kernels, whole
 from chatterbox_server.engines.fast.t3.slots import CHUNK, Chosen, Slots
 
 FEW: Final = 2
@@ -16,8 +16,21 @@ FEW: Final = 2
 class Stepper:
     """For so many slots at once, each with one position, or CHUNK of its prompt."""
 
-    def __init__(self, slots: Slots, batch: int, *, reads: bool = False, early: bool = False, few: int = FEW) -> None:
-        """``reads``: prompts, not steps. ``early``: launched before those in front have ended (Hopper and later)."""
+    def __init__(
+        self,
+        slots: Slots,
+        batch: int,
+        *,
+        reads: bool = False,
+        early: bool = False,
+        few: int = FEW,
+        at_once: bool = False,
+        bounded: bool = False,
+    ) -> None:
+        """``reads``: prompts, not steps. ``early``: launched before those in front have ended (Hopper and later).
+
+        ``at_once``: all layers in one launch, where ``whole`` can; ``bounded``: as there.
+        """
         backbone, device = slots.backbone, slots.device
         self._of, self._backbone = slots, backbone
         self._batch, self._reads = batch, reads
@@ -29,9 +42,6 @@ class Stepper:
         self._splits = 1 if reads else max(1, min(8, 512 // (m * backbone.heads)))
         self._share = min(1024, self._f)
         self._parts = self._f // self._share if self._few else 0
-        # Each waits for the one in front of it alone, so all of them have to do it, or none.
-        self._early = early and self._few
-        self._launch: dict[str, Any] = {"launch_pdl": True} if self._early else {}
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -45,11 +55,16 @@ class Stepper:
         self._arrived = torch.zeros(m, backbone.heads, dtype=torch.int32, device=device)
         self._mixed, self._normed = (empty(m, self._d, dtype=backbone.dtype) for _ in range(2))
         self._raised = empty(m, self._f, dtype=backbone.dtype)
-        self._logits = empty(batch, slots.rows, slots.vocabulary)
+        self.logits = empty(batch, slots.rows, slots.vocabulary)
         self._watches = slots.alignment if not reads else None
-        self._scores = empty(batch, len(self._watches.heads) if self._watches else 0, slots.cache.positions)
+        self.scores = empty(batch, len(self._watches.heads) if self._watches else 0, slots.cache.positions)
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.whole = self._at_once(bounded=bounded) if at_once and not reads else None
+        """Or, in words, why it cannot."""
+        # Each waits for the one in front of it alone, so all of them have to do it, or none.
+        self._early = early and self._few and not isinstance(self.whole, whole.Whole)
+        self._launch: dict[str, Any] = {"launch_pdl": True} if self._early else {}
 
     def step(self, slots: torch.Tensor, *, sort: bool) -> Chosen:
         """As ``Slots.step``."""
@@ -61,7 +76,9 @@ class Stepper:
             ROWS=of.rows, D=self._d, LEARNED=learned is not None, GATED=backbone.gated, EARLY=self._early,
             num_warps=4, **self._launch,
         )  # fmt: skip
-        if self._few:
+        if isinstance(self.whole, whole.Whole):
+            self.whole()
+        elif self._few:
             self._through_few()
         else:
             self._logits_of(self._through_many())
@@ -69,7 +86,7 @@ class Stepper:
         if sort:
             alive = ~of.done[slots]
             of.position[slots] += alive
-            return of.choose(self._logits, slots, alive, sort=True)
+            return of.choose(self.logits, slots, alive, sort=True)
         return self._choose(slots, slots)
 
     def read(
@@ -88,8 +105,13 @@ class Stepper:
         last = lasts.clamp(min=0)[:, None, None, None].expand(-1, of_rows, 1, self._d)
         self._logits_of(normed.gather(2, last))
         if sort:
-            return of.choose(self._logits, slots, lasts >= 0, sort=True)
+            return of.choose(self.logits, slots, lasts >= 0, sort=True)
         return self._choose(slots, lasts)
+
+    def _at_once(self, *, bounded: bool) -> whole.Whole | str:
+        heads = self._watches.heads if self._watches else ()
+        told = {"x": self.x, "rows": self.rows, "at": self.at, "logits": self.logits, "scores": self.scores}
+        return whole.of(self._of, bounded=bounded, heads=heads, **told)
 
     def _through_few(self) -> None:
         backbone = self._backbone
@@ -128,7 +150,7 @@ class Stepper:
             parts = self._parts
         block = max(8, 8192 // self._d)
         kernels.head[(triton.cdiv(self._of.vocabulary, block),)](
-            x, self._in_parts, self._logits, backbone.head, _or(backbone.head_bias, backbone.head),
+            x, self._in_parts, self.logits, backbone.head, _or(backbone.head_bias, backbone.head),
             V=self._of.vocabulary, PARTS=parts, BLOCK=block, BIAS=backbone.head_bias is not None, num_warps=4,
             **shape, **normed,
         )  # fmt: skip
@@ -186,8 +208,8 @@ class Stepper:
         for which, (layer, head) in enumerate(self._watches.heads if self._watches else ()):
             if layer == number:
                 kernels.watch[(self._batch, triton.cdiv(positions, 64))](
-                    self._query, keys, self.rows, self.at, self._scores, which, keys.stride(0), keys.stride(1),
-                    HEAD=head, HEADS=self._scores.shape[1], ROWS=self._of.rows, D=self._d, HD=self._hd,
+                    self._query, keys, self.rows, self.at, self.scores, which, keys.stride(0), keys.stride(1),
+                    HEAD=head, HEADS=self.scores.shape[1], ROWS=self._of.rows, D=self._d, HD=self._hd,
                     POSITIONS=positions, BLOCK=64, EARLY=self._early, num_warps=4, **self._launch,
                 )  # fmt: skip
 
@@ -197,20 +219,20 @@ class Stepper:
             return
         positions = of.cache.positions
         choosing.judge[(self._batch,)](
-            self._scores, slots, self.at, of.last, of.count, of.done, alignment.begins, alignment.lengths,
+            self.scores, slots, self.at, of.last, of.count, of.done, alignment.begins, alignment.lengths,
             alignment.reached, alignment.complete, alignment.lingered, alignment.again, alignment.before,
-            alignment.verdicts, HEADS=self._scores.shape[1], ROWS=of.rows, POSITIONS=positions,
+            alignment.verdicts, HEADS=self.scores.shape[1], ROWS=of.rows, POSITIONS=positions,
             WIDTH=triton.next_power_of_2(positions), EARLY=self._early, num_warps=8, **self._launch,
         )  # fmt: skip
 
     def _logits_of(self, normed: torch.Tensor) -> None:
         logits = functional.linear(normed, self._backbone.head, self._backbone.head_bias)
-        self._logits.copy_(logits.view(self._logits.shape))
+        self.logits.copy_(logits.view(self.logits.shape))
 
     def _choose(self, slots: torch.Tensor, wanted: torch.Tensor) -> Chosen:
         of, knobs = self._of, self._of.knobs
         choosing.choose[(self._batch,)](
-            self._logits, slots, wanted, knobs.seed, knobs.cfg_weight, knobs.temperature, knobs.min_p, knobs.penalty,
+            self.logits, slots, wanted, knobs.seed, knobs.cfg_weight, knobs.temperature, knobs.min_p, knobs.penalty,
             of.seen, of.last, of.count, of.position, of.limit, of.done,
             of.done if of.alignment is None else of.alignment.verdicts, self._tokens, self._ended,
             WATCHED=of.alignment is not None, READ=self._reads, STOP=of.stop, START=of.start, V=of.vocabulary,
