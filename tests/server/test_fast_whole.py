@@ -68,12 +68,14 @@ def test_what_it_was_not_written_for_it_says_at_once(backbone: "Backbone") -> No
         ({"multiprocessors": 114}, "needs 128 multiprocessors, there are 114"),
         ({"capability": (12, 0), "shared_bytes": 101_376}, "needs 232448 bytes of shared memory, there are 101376"),
         ({"cooperative": False}, "needs cooperative launches"),
+        ({"mps": True}, "needs the GPU for itself, and MPS shares it"),
     ],
 )
 def test_a_gpu_that_it_does_not_fit_keeps_the_kernels_of_today(gpu: dict[str, Any], reason: str | None) -> None:
     from chatterbox_server.engines.fast.t3 import whole
 
-    h200: dict[str, Any] = {"capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232_448, "cooperative": True}
+    h200: dict[str, Any] = {"capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232_448}
+    h200 |= {"cooperative": True, "mps": False}
     got = whole.unfit_gpu(**h200 | gpu)
     assert got == (reason and f"one launch for all layers {reason}")
 

@@ -115,7 +115,8 @@ class FastEngine:
         if not keep_t3:
             model.t3.tfmr = torch.nn.Identity()
         capable = self._on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._t3 = T3(slots, by_kernels=self._on_gpu and not self._exact, early=capable, capture=not self._exact)
+        by_kernels = self._on_gpu and not self._exact
+        self._t3 = T3(slots, by_kernels=by_kernels, early=capable, at_once=capable, capture=not self._exact)
         self._sound = Sound(
             model.s3gen,
             device=device,

@@ -1,5 +1,6 @@
 """T3's work by ``kernels``, or ``whole``, and ``choosing``: blocks of each, and buffers between. Captures nothing."""
 
+import logging
 from typing import Any, Final
 
 import torch
@@ -8,6 +9,8 @@ from torch.nn import functional
 
 from chatterbox_server.engines.fast.t3 import choosing, kernels, whole
 from chatterbox_server.engines.fast.t3.slots import CHUNK, Chosen, Slots
+
+log = logging.getLogger(__name__)
 
 FEW: Final = 2
 """Rows up to which each matrix has a kernel of ours; with more, cuBLAS reads it faster."""
@@ -62,6 +65,8 @@ class Stepper:
         self._ended = torch.zeros(batch, dtype=torch.bool, device=device)
         self.whole = self._at_once(bounded=bounded) if at_once and not reads else None
         """Or, in words, why it cannot."""
+        if isinstance(self.whole, str) and batch == 1:
+            log.info("fast engine: a step of T3 is many launches: %s", self.whole)
         # Each waits for the one in front of it alone, so all of them have to do it, or none.
         self._early = early and self._few and not isinstance(self.whole, whole.Whole)
         self._launch: dict[str, Any] = {"launch_pdl": True} if self._early else {}

@@ -221,6 +221,7 @@ struct Ring {
   unsigned base, full, free;
   int slot;
   unsigned parity;
+  unsigned zero;  // though no compiler knows
   int* stuck;
 
   DEVICE void wait(unsigned barrier, unsigned for_parity, int place) const {
@@ -245,15 +246,21 @@ struct Ring {
   // A lane's weights of so many groups: of row lane / 4 eight, and eight 32 further on.
   template <int N>
   DEVICE void take(uint4 (&weights)[N][2], int warp, int lane, int place) {
+    const int first = slot;
+    unsigned any = 0;
     UNROLL for (int group = 0; group < N; group++) {
       wait(full, parity, place);
       const unsigned where = base + slot * GROUP + lane / 4 * UNIT + warp * 128 + lane % 4 * 16;
       weights[group][0] = from_shared(where);
       weights[group][1] = from_shared(where + 64);
-      __syncwarp();
-      if (lane == 0) arrive(free + slot * 8);
+      any |= weights[group][0].x | weights[group][1].x;
       next();
     }
+    // A load may still be on its way when the next instruction runs, and arriving does not wait for it: it was seen that
+    // the copy that is let in came before. Whoever needs what was loaded, if only for nothing, waits.
+    __syncwarp();
+    const int mine = first + lane < RING ? first + lane : first + lane - RING;
+    if (lane < N) arrive(free + mine * 8 + (any & zero));
   }
 };
 
@@ -464,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) whole(const Told told) 
   float* const warps_found = odd_parts + PARTS;
   Turning* const turnings = (Turning*)(warps_found + WARPS * FOUND);
   const unsigned barriers = address_of(turnings + 12 * M);
-  Ring ring{address_of(shared_memory), barriers, barriers + RING * 8, 0, 0, told.stuck};
+  Ring ring{address_of(shared_memory), barriers, barriers + RING * 8, 0, 0, __float_as_uint(told.eps) >> 31, told.stuck};
   if (thread == 0) {
     for (int slot = 0; slot < RING; slot++) {
       barrier_begin(ring.full + slot * 8, 1);

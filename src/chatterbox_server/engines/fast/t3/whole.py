@@ -6,6 +6,7 @@ other. NVRTC and the driver are called through ``cuda.bindings``, which torch it
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,21 @@ def unfit(backbone: Backbone, m: int, vocabulary: int) -> str | None:
     return f"one launch for all layers is for {', '.join(wrong)}" if wrong else None
 
 
-def unfit_gpu(*, capability: tuple[int, int], multiprocessors: int, shared_bytes: int, cooperative: bool) -> str | None:
-    """What of a GPU, or of the part of it that this process may use."""
+def unfit_gpu(
+    *, capability: tuple[int, int], multiprocessors: int, shared_bytes: int, cooperative: bool, mps: bool
+) -> str | None:
+    """What of a GPU, or of the part of it that this process may use.
+
+    ``mps``: other processes may compute at the same time. Of two such kernels each could hold what the other waits for.
+    """
     if capability < (9, 0):
         return f"one launch for all layers needs compute capability 9.0, this GPU has {'.'.join(map(str, capability))}"
     if multiprocessors < PROGRAMS:
         return f"one launch for all layers needs {PROGRAMS} multiprocessors, there are {multiprocessors}"
     if shared_bytes < SHARED_BYTES:
         return f"one launch for all layers needs {SHARED_BYTES} bytes of shared memory, there are {shared_bytes}"
+    if mps:
+        return "one launch for all layers needs the GPU for itself, and MPS shares it"
     return None if cooperative else "one launch for all layers needs cooperative launches"
 
 
@@ -217,6 +225,7 @@ def _loaded(device: int, how: tuple[str, ...], shared_bytes: int) -> _Loaded | s
             multiprocessors=attribute("MULTIPROCESSOR_COUNT"),
             shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
             cooperative=attribute("COOPERATIVE_LAUNCH") == 1,
+            mps="CUDA_MPS_PIPE_DIRECTORY" in os.environ,
         )
         if reason is not None:
             return reason
