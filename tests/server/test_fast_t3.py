@@ -5,6 +5,8 @@ import itertools
 import logging
 import random
 import re
+import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -307,5 +309,40 @@ def test_a_slot_is_anothers_while_steps_for_who_left_are_on_their_way(kind: str,
                 told = told[:-1]
             assert told == whole[: len(told)]
             assert leaves or len(told) == len(whole)
+    finally:
+        batch.close()
+
+
+def test_steps_that_take_all_of_the_gpu_wait_for_who_is_spoken_to_unless_somebody_waits_for_them(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from chatterbox_server.engine import Errand
+    from chatterbox_server.engines.fast.t3 import batch as batches
+    from chatterbox_server.engines.fast.t3.graphs import T3
+    from chatterbox_server.engines.fast.t3.slots import Slots
+
+    class Alone(T3):
+        def alone(self, count: int) -> bool:
+            return count <= 2
+
+    few = 2
+    monkeypatch.setattr(batches, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(batches, "STEPS_IN_A_ROW", few)
+    model, asked, gone = models.lend("chatterbox"), but(an_utterance(TEXTS[0]), seed=3), threading.Event()
+    alone = by_the_package(model, "chatterbox", asked)
+    assert len(alone) > 16
+    slots = Slots(model.t3, slots=4, dtype=torch.float32)
+    batch = batches.Batch(Alone(slots), by_count=False, gone_before=gone.wait)
+    line = batch.ask(prompted(model, "chatterbox", asked), asked.seed, asked.sampling, limit=1000)
+    try:
+        # Each time as many as are waited for, and those that take no longer than others will wait.
+        for enough in (4, 8, 13):
+            assert len(line.wait(Errand(), enough=enough)) >= enough
+            time.sleep(0.2)
+            assert len(line.tokens) <= enough + few + 1
+        gone.set()
+        assert line.wait(Errand(), enough=1000) == alone
     finally:
         batch.close()

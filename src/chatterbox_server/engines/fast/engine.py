@@ -126,10 +126,15 @@ class FastEngine:
         )
         self._warm_up()
         told = functools.partial(failures.told, self._cards)
-        self._batch = Batch(
-            self._t3, by_count=kind == "turbo", around=lambda: self._stream(first=True), told=told, free=self.free
-        )
         self._sounding = Sounding(self._sound, around=lambda: self._stream(first=False), told=told)
+        self._batch = Batch(
+            self._t3,
+            by_count=kind == "turbo",
+            around=lambda: self._stream(first=True),
+            told=told,
+            free=self.free,
+            gone_before=self._sounding.no_stream,
+        )
         memory = self.memory()
         held = "" if memory is None else f", {memory.reserved_bytes / 2**30:.1f} GiB of the GPU"
         log.info(

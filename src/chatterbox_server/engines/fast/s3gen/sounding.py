@@ -75,14 +75,19 @@ class Sounding:
             self._asked += 1
             due_s = time.monotonic() + PATIENCE_S if due_s is None else due_s
             self._waiting.append(Waiting(due_s, self._asked, length, take, future))
-            self._changed.notify()
+            self._changed.notify_all()
         return future
+
+    def no_stream(self, patience_s: float) -> bool:
+        """Wait, for no longer, until no stream's chunk is in hand; whether none is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: all(one.take.stream is None for one in self._in_hand), patience_s)
 
     def close(self) -> None:
         """End the thread; what waits fails."""
         with self._changed:
             self._over = self._over or EngineError("the engine is closed")
-            self._changed.notify()
+            self._changed.notify_all()
 
     # -- on the thread ------------------------------------------------------------------------------------
 
@@ -113,7 +118,9 @@ class Sounding:
         for one in self._waiting:
             if one.future.set_running_or_notify_cancel():
                 one.future.set_exception(self._over)
-        self._in_hand, self._waiting = [], []
+        with self._changed:
+            self._in_hand, self._waiting = [], []
+            self._changed.notify_all()
 
     def _next(self, *, wait: bool) -> "_Batch | None":
         """Whoever is most urgent, with others of like length; ``None``: nobody is there, or all is over."""
@@ -153,7 +160,9 @@ class Sounding:
                 one.future.set_exception(outcome)
             else:
                 one.future.set_result(outcome)
-        self._in_hand = [one for one in self._in_hand if not one.future.done()]
+        with self._changed:
+            self._in_hand = [one for one in self._in_hand if not one.future.done()]
+            self._changed.notify_all()
 
     def _outcomes(self, batch: "_Batch") -> list[NDArray[np.float32] | Exception]:
         """Where a batch failed each is spoken alone, so that nobody suffers for another."""

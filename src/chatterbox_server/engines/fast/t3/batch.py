@@ -5,6 +5,7 @@ One thread launches; results are heard a few steps later, so that the GPU never 
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,13 @@ THREAD: Final = "fast-t3"
 
 AHEAD: Final = 3
 """Works that are on their way before the first of them has been heard."""
+
+STEPS_IN_A_ROW: Final = 16
+"""Steps that take all of the GPU, before it is left to what else is wanted of it."""
+PATIENCE_S: Final = 0.1
+"""For how long it is."""
+LOOKS_S: Final = 0.002
+"""How often somebody is looked for meanwhile who wants T3 more."""
 
 READS_IN_A_ROW: Final = 3
 """Bites of prompts before those who speak already take their next step."""
@@ -48,6 +56,11 @@ class Line:
     launched: int = 0
     _enough: int = 0
     _news: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def hurried(self) -> bool:
+        """Somebody waits for the next tokens, not for all of them."""
+        return not self.over and len(self.tokens) < self._enough < self.limit
 
     def wait(self, errand: Errand, *, enough: int) -> list[int]:
         """All tokens so far, once there are ``enough`` or no more will come.
@@ -95,12 +108,17 @@ class Batch:
         around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         told: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         free: Callable[[], None] = lambda: None,
+        gone_before: Callable[[float], bool] = lambda _: True,
     ) -> None:
         """``by_count``: top_k is heeded. ``around`` is entered by the thread for good, ``told`` for half a turn.
 
-        ``free`` gives memory back; it is called where that half ran out of it, before anybody is told.
+        ``free`` gives memory back; it is called where that half ran out of it, before anybody is told. ``gone_before``
+        waits for others who want the GPU at once, for so many seconds, and says whether there is nobody left.
         """
         self._t3 = t3
+        self._gone_before = gone_before
+        self._alone = 0
+        """Steps that took all of the GPU since others were let go before."""
         self._by_count = by_count
         self._around, self._told, self._free_memory = around, told, free
         self._changed = threading.Condition()
@@ -187,6 +205,7 @@ class Batch:
 
     def _speak_on(self) -> None:
         """Whoever speaks takes a step, and what is there is heard."""
+        self._let_go_before()
         speaking = [line for line in self._in_hand if line.launched and line.launched < line.limit and not line.over]
         if speaking:
             self._concerned = speaking
@@ -195,7 +214,30 @@ class Batch:
                 line.launched += 1
             self._on_way.append((work, tuple(speaking)))
         # With nothing to launch, what is on its way is all there is to wait for.
-        most = AHEAD if speaking else 0
+        self._hear_but(AHEAD if speaking else 0)
+
+    def _let_go_before(self) -> None:
+        """Others who want the GPU, once a few steps have taken all of it, unless somebody waits for the next."""
+        if not self._in_hand or not self._t3.alone(len(self._in_hand)):
+            self._alone = 0
+            return
+        self._alone += 1
+        if self._alone <= STEPS_IN_A_ROW or self._hurried or self._gone_before(0):
+            return
+        # What is known by then may be what somebody waited for, who now waits for more.
+        self._hear_but(0)
+        until_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until_s and not self._hurried and not self._asked:
+            if self._gone_before(LOOKS_S):
+                break
+        self._alone = 0
+
+    @property
+    def _hurried(self) -> bool:
+        return any(line.hurried for line in self._in_hand)
+
+    def _hear_but(self, most: int) -> None:
+        """What is there, and what is not until no more than so many are on their way."""
         while self._on_way:
             work, self._concerned = self._on_way[0]
             if len(self._on_way) <= most and not work.there:

@@ -49,6 +49,8 @@ class _Size:
     graphs: dict[bool, tuple[Any, Chosen]] = field(default_factory=dict)
     told: Any = None
     """What the inputs hold now."""
+    alone: bool = False
+    """Nothing else computes meanwhile."""
 
 
 class T3:
@@ -83,9 +85,13 @@ class T3:
             for sort in (False, True):
                 self._run(size, sort=sort)
 
+    def alone(self, count: int) -> bool:
+        """Whether a step for so many takes all of the GPU, beside which nothing else computes."""
+        return self._size(count).alone
+
     def step(self, slots: Sequence[int], *, sort: bool) -> Work:
         """A token more in each of ``slots``, no more than there are."""
-        size = self._steps[min(size for size in self._steps if size >= len(slots))]
+        size = self._size(len(slots))
         filled = (*slots, *[self.slots.spare] * (size.inputs[0].numel() - len(slots)))
         if size.told != filled:
             # Last: what fails has told nothing.
@@ -102,13 +108,16 @@ class T3:
         heard = tuple(bite.last for bite in bites)
         return Work(tuple(bite.slot for bite in bites), heard, Fetched(*self._run(size, sort=sort)))
 
+    def _size(self, count: int) -> _Size:
+        return self._steps[min(size for size in self._steps if size >= count)]
+
     def _stepping(self, size: int, *, by_kernels: bool, early: bool, at_once: bool) -> _Size:
         slots = torch.full((size,), self.slots.spare, device=self.slots.device)
         if by_kernels:
             from chatterbox_server.engines.fast.t3.stepper import Stepper
 
             stepper = Stepper(self.slots, size, early=early, at_once=at_once)
-            return _Size((slots,), lambda sort: stepper.step(slots, sort=sort))
+            return _Size((slots,), lambda sort: stepper.step(slots, sort=sort), alone=stepper.at_once)
         return _Size((slots,), lambda sort: self.slots.step(slots, sort=sort))
 
     def _reading(self, size: int, *, by_kernels: bool) -> _Size:

@@ -71,6 +71,10 @@ class Stepper:
         self._early = early and self._few and not isinstance(self.whole, whole.Whole)
         self._launch: dict[str, Any] = {"launch_pdl": True} if self._early else {}
 
+    @property
+    def at_once(self) -> bool:
+        return isinstance(self.whole, whole.Whole)
+
     def step(self, slots: torch.Tensor, *, sort: bool) -> Chosen:
         """As ``Slots.step``."""
         of, backbone = self._of, self._backbone
