@@ -223,7 +223,7 @@ def test_the_report_goes_to_a_file_if_one_is_named(tmp_path: Path) -> None:
 
     assert (said.exit_code, said.stdout) == (1, "")
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
-    assert run("--from-nvidia-smi", str(SEED), "--output", str(tmp_path / "none/a.md")).exit_code == 3
+    assert run("--from-nvidia-smi", str(SEED), "--output", str(tmp_path / "none/a.md")).exit_code == 2
 
 
 def test_this_machine_can_be_looked_at_whatever_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from chatterbox_deploy.bench import comparison, heard, loads, rate_search, results
-from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, outputs, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from chatterbox_deploy.host import save
 
@@ -133,14 +133,15 @@ def bench_command() -> None:
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep every sample in this file (JSON), for compare and show.",
+    help="Keep every sample in this file (JSON), for compare and show; one that is there is not replaced.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
 @click.option(
     "--plot",
     "plots",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw to FILE.svg, .png or .html.",
+    help="Draw to FILE.svg, .png or .html, replacing it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with what the tables were made from.")
 def run_command(
@@ -167,7 +168,7 @@ def run_command(
     Exits 1 when a request failed, 130 when it was stopped.
     """
     key = arguments.read_key(api_key_file)
-    asked = bench_asked.Asked(**given)
+    asked = bench_asked.Asked(**given, key_file=None if api_key_file is None else api_key_file.name)
     wanted, target, texts = bench_asked.read(asked)
     load = loads.Load(
         concurrency=None, rate_per_s=None, window_s=window, warmup_s=warmup, repetitions=repeat, seed=seed,
@@ -232,7 +233,7 @@ def compare_command(*, before: Path, after: Path, as_json: bool) -> None:
     "plots",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw to FILE.svg, .png or .html.",
+    help="Draw to FILE.svg, .png or .html, replacing it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with what the tables were made from.")
 def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None:
@@ -241,7 +242,7 @@ def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None
     \b
         chatterbox-deploy bench show now.json --plot now.svg
     """
-    problems = [*bench_asked.plot_problems(plots)]
+    problems = bench_asked.plot_problems(plots) + outputs.problems(bench_asked.to_draw(plots), {"RUN": saved})
     run = bench_asked.saved(saved, problems)
     if problems or run is None:
         raise BenchmarkError(problems)

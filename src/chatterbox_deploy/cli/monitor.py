@@ -23,7 +23,8 @@ from rich.live import Live
 
 from chatterbox_deploy import exposition
 from chatterbox_deploy.change.blueprint import want
-from chatterbox_deploy.cli import arguments, monitor_view, telling
+from chatterbox_deploy.cli import arguments, monitor_view, outputs, telling
+from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import LocalHost
@@ -104,6 +105,10 @@ def monitor_command(
     A dash is what is not known: without root, the front's log; without an NVIDIA driver, the GPUs. Changes
     nothing. With --once it exits 1 if something critical goes on.
     """
+    outputs.refuse(
+        [Output("--csv", csv_file), Output("--prometheus", textfile)],
+        {"FLEET": fleet_file, "--access-log": access_log},
+    )
     host = LocalHost()
     file = _FleetFile(host, fleet_file, own_templates)
     wanted = file.read()

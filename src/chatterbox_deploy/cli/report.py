@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy import fleet
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, outputs
+from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import CaptureError
 from chatterbox_deploy.gpu import smi
@@ -51,6 +52,8 @@ def report_command(
     FLEET is fleet.toml where there is one; without one, the report proposes a first. Only root sees all: the
     environment of processes, and who listens where. Changes nothing. Exits 1 when a finding is of severity high.
     """
+    read = {"FLEET": fleet_file or _DEFAULT, "--from-nvidia-smi": capture, "--profile": profile_file}
+    outputs.refuse([Output("--output", output)], read)
     chosen = arguments.read_profile(profile_file)
     file = _read_fleet(fleet_file, by_default=capture is None)
     seen = investigate(LocalHost(), file) if capture is None else _read_capture(capture, file)

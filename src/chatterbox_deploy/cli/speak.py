@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from chatterbox_deploy import client, fleet
-from chatterbox_deploy.cli import arguments, speaking, telling
+from chatterbox_deploy.cli import arguments, outputs, speaking, telling
+from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.errors import CommandFailed, ManuscriptError
 from chatterbox_deploy.speak import narration
 from chatterbox_deploy.speak.formats import FORMATS
@@ -87,7 +88,7 @@ class _Asked:
 )
 @click.option("--parts", "parts_dir", type=click.Path(file_okay=False, path_type=Path), help="[default: OUTPUT.parts]")
 @click.option("--keep-parts", is_flag=True, help="Do not remove them at the end: a changed text is then done soon.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT and the subtitles where they are there already.")
 @click.option("--dry-run", is_flag=True, help="Print chapters and pieces, and ask nobody.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON object: the summary, or with --dry-run the chapters."
@@ -160,23 +161,22 @@ def _is_markdown(book: str) -> bool:
 
 
 def _output(book: str, asked: _Asked) -> Path:
-    """Where to; nothing that is there is in the way."""
+    """Where to; nothing that is there is in the way, or would be lost."""
     if (output := asked.output) is None:
         msg = f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b"
         raise click.UsageError(msg)
     if output.suffix.lower() not in FORMATS:
         msg = f"{output.name} should end in {_SUFFIXES}: that says the format"
         raise click.BadParameter(msg, param_hint="--output")
-    if asked.subtitles_file is not None and asked.subtitles_file.absolute() == output.absolute():
-        msg = "is OUTPUT itself; give it a name of its own, such as book.srt"
-        raise click.BadParameter(msg, param_hint="--subtitles")
-    for path in filter(None, (output, asked.subtitles_file)):
-        if not path.absolute().parent.is_dir():
-            msg = f"{path}: there is no such directory"
-            raise click.UsageError(msg)
-        if path.exists() and not asked.overwrite:
-            msg = f"{path} is there already; --overwrite replaces it"
-            raise click.UsageError(msg)
+    stays = not asked.overwrite
+    outputs.refuse(
+        [Output("--output", output, stays), Output("--subtitles", asked.subtitles_file, stays)],
+        {
+            "BOOK": None if book == "-" else book,
+            "the fleet file": asked.fleet_file,
+            "the key file": None if asked.api_key_file is None else asked.api_key_file.name,
+        },
+    )
     return output
 
 
