@@ -1,0 +1,24 @@
+"""The first moments of every command."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize("imported", ["click", "pydantic_core", "jinja2"])
+def test_ctrl_c_while_modules_are_imported_ends_it_without_a_word(imported: str) -> None:
+    argv = [sys.executable, "-X", "importtime", "-m", "chatterbox_deploy", "schema"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.rsplit("|", 1)[-1].strip() == imported:
+                process.send_signal(signal.SIGINT)
+                break
+        printed, said = process.communicate(timeout=60)
+
+    assert (process.returncode, printed) == (130, "")
+    assert [line for line in said.splitlines() if not line.startswith("import time:")] == []
