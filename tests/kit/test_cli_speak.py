@@ -86,7 +86,7 @@ def test_a_dry_run_of_standard_input_as_json() -> None:
             2,
             "should be like http://127.0.0.1:6095 or https://",
         ),
-        (["none.md", "-o", "book.m4b"], 2, "File 'none.md' does not exist"),
+        (["none.md", "-o", "book.m4b"], 2, "BOOK: file 'none.md' does not exist"),
     ],
 )
 def test_what_is_wrong_with_the_command_line_is_said_before_anything_begins(
@@ -124,7 +124,7 @@ def test_a_key_file_that_holds_more_than_a_key_is_refused(here: Path) -> None:
     result = run("book.md", "-o", "book.m4b", "--url", "http://127.0.0.1:1", "--api-key-file", "keys")
 
     assert result.exit_code == 2
-    assert "Invalid value for --api-key-file: should hold one key and nothing else" in result.stderr
+    assert "error: --api-key-file: should hold one key and nothing else" in result.stderr
 
 
 @pytest.mark.parametrize("package", ["av", "sentencex"])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatterbox_deploy.change import observe
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
 from chatterbox_deploy.host import LocalHost
@@ -29,7 +29,7 @@ _FIRST_PORT = 6093
 _FRONT_PORT = 6095
 
 
-@click.command("advise")
+@click.command("advise", cls=mistakes.Command)
 @click.option(
     "--model", type=click.Choice(["chatterbox", "turbo", "multilingual"]), default="chatterbox", show_default=True
 )

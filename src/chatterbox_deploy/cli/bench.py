@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -10,12 +11,12 @@ import click
 from rich.console import Console
 
 from chatterbox_deploy.bench import comparison, heard, loads, rate_search, results
-from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, outputs, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, mistakes, outputs, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from chatterbox_deploy.host import save
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 class _RunByDefault(click.Group):
     """``bench fleet.toml`` is ``bench run fleet.toml``."""
 
+    command_class = mistakes.Command
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7) if args else []
+            if near and not Path(args[0]).exists():
+                msg = f"there is no {args[0]!r}, neither a file nor a command (did you mean {near[0]!r}?)"
+                raise click.UsageError(msg, ctx)
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -51,7 +58,13 @@ def bench_command() -> None:
     """
 
 
-@bench_command.command("run")
+class _Run(mistakes.Command):
+    def further(self, given: Mapping[str, Any]) -> list[str]:
+        """What we say of the command line, as far as click took it."""
+        return bench_asked.problems({**given, "key_file": None})
+
+
+@bench_command.command("run", cls=_Run)
 @arguments.FLEET
 @click.option("--url", "urls", multiple=True, help="Ask this server, which is in no fleet file; several: together.")
 @click.option(

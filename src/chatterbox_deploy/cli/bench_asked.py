@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_deploy.bench import aims, heard, loads, rate_search
 from chatterbox_deploy.cli import arguments, outputs
@@ -14,7 +14,7 @@ from chatterbox_deploy.fleet import resolve
 from chatterbox_deploy.report import charts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chatterbox_deploy.bench.aims import Aim
     from chatterbox_deploy.bench.loads import Load, Run, Target
@@ -74,6 +74,16 @@ def read(asked: Asked) -> tuple[tuple[Aim, ...], Target | None, tuple[str, ...]]
     if problems:
         raise BenchmarkError(problems)
     return found, target, texts
+
+
+def problems(given: Mapping[str, Any]) -> list[str]:
+    """What ``read`` has against a command line of which only some values are good."""
+    values: dict[str, Any] = {field.name: given.get(field.name) for field in fields(Asked)}
+    try:
+        read(Asked(**values))
+    except BenchmarkError as error:
+        return list(error.problems)
+    return []
 
 
 def _contradictions(asked: Asked) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy import fleet
-from chatterbox_deploy.cli import arguments, outputs
+from chatterbox_deploy.cli import arguments, mistakes, outputs
 from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.config import reading
 from chatterbox_deploy.errors import CaptureError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _DEFAULT = Path("fleet.toml")
 
 
-@click.command("report")
+@click.command("report", cls=mistakes.Command)
 @click.argument("fleet_file", metavar="[FLEET]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--format", "style", type=click.Choice(["md", "html", "json"]), default="md", show_default=True,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from chatterbox_deploy import client, fleet
-from chatterbox_deploy.cli import arguments, outputs, speaking, telling
+from chatterbox_deploy.cli import arguments, mistakes, outputs, speaking, telling
 from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.errors import CommandFailed, ManuscriptError
 from chatterbox_deploy.speak import narration
@@ -57,7 +57,7 @@ class _Asked:
     as_json: bool
 
 
-@click.command("speak")
+@click.command("speak", cls=mistakes.Command)
 @click.argument("book", metavar="BOOK", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help=f"{_SUFFIXES}.")
 @click.option("--voice", help="Name of a voice.  [default: the server's]")
