@@ -279,7 +279,7 @@ def _end_of(host: Host, path: str) -> bytes | None:
 
 
 def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:
-    """Of our own instances that answer, and that have a GPU."""
+    """Of our own instances that answer, have a GPU, and heed the setting."""
     if not file.fleet.service.speaks_notify:
         return {}
 
@@ -295,7 +295,10 @@ def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:
 
 def _says_tf32(body: bytes) -> bool | None:
     try:
-        on = json.loads(body)["facts"]["tf32"]["matmul"]
-    except (ValueError, LookupError, TypeError):
+        said = json.loads(body)
+        on = said["facts"]["tf32"]["matmul"]
+        # The fast engine is exact where it is not in 16 bits, whatever server.tf32 says (docs/fast.md).
+        heeded = said.get("engine") != "fast"
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return on if isinstance(on, bool) else None
+    return on if isinstance(on, bool) and heeded else None
