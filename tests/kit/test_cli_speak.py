@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner, Result
 
-from chatterbox_deploy.cli import main
+from chatterbox_deploy.cli import main, speaking
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,3 +144,16 @@ def test_without_the_extra_the_rest_of_the_kit_works_and_speak_says_what_to_inst
         f"error: cannot speak without the packages of the extra `speak` ({package}): "
         f"{sys.executable} -m pip install 'av>=14.2' 'sentencex>=1.0'\n"
     )
+
+
+def test_where_there_is_no_bar_a_long_encoding_says_once_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with speaking.Show().writing("evening out to -19 LUFS and writing a.m4b", 3725.0) as on_way:
+        on_way(1.0)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(speaking, "LONG_S", -1.0)
+        on_way(2.0)
+        on_way(3.0)
+
+    assert capsys.readouterr().err == "evening out to -19 LUFS and writing a.m4b: 1:02:05 of sound\n"

@@ -142,7 +142,7 @@ def test_the_last_line_says_how_long_how_fast_and_who_spoke() -> None:
 
     assert summary.line() == (
         "b.m4b: 1:02:05 of sound in 2 chapters and 13 pieces; 1:40 spoken in 20.0 s, 5.0 times as fast as it sounds; "
-        "gpu0 90%, gpu1 10%; 3 pieces kept from before"
+        "gpu0 90%, gpu1 10%; 3 pieces kept from before; 25.0 s in all"
     )
     assert summary.as_json() == {
         "file": "b.m4b", "chapters": 2, "pieces": 13, "duration_s": 3725.4, "spoken": 2, "kept": 3, "retries": 0,
@@ -156,7 +156,7 @@ def test_the_last_line_says_how_long_how_fast_and_who_spoke() -> None:
 def test_who_had_nothing_to_speak_tells_no_speed() -> None:
     told = Summary("a.wav", 1, 1, 7.0, Tally(pieces=0, characters=0, kept=1), 0.0, 1.0)
 
-    assert told.line() == "a.wav: 0:07 of sound in 1 chapter and 1 piece; 1 piece kept from before"
+    assert told.line() == "a.wav: 0:07 of sound in 1 chapter and 1 piece; 1 piece kept from before; 1.0 s in all"
     assert told.as_json()["real_time"] is None
     assert tally.clock(59.7) == "1:00"
 

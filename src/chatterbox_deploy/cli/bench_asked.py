@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,7 @@ def plot_problems(plots: Sequence[Path]) -> list[str]:
     """Names that say no format, and a package that is not there."""
     problems = [f"--plot: {path} ends in none of {', '.join(PLOTS)}" for path in plots if path.suffix not in PLOTS]
     if plots and not charts.available():
-        problems.append("--plot: matplotlib is not installed; pip install 'chatterbox-deploy[plots]'")
+        problems.append(f"--plot: there is no matplotlib: {sys.executable} -m pip install 'matplotlib>=3.9'")
     return problems
 
 
