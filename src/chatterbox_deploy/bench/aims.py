@@ -96,7 +96,10 @@ def at(urls: Iterable[str]) -> tuple[Door, ...]:
     for url in urls:
         found = client.base_url(url)
         if found is None:
-            problems.append(f"--url: cannot ask {url!r}; write it as http://127.0.0.1:6093")
+            meant = f"http://{url}"
+            problems.append(
+                f"--url: cannot ask {url!r}; write it as {meant if client.base_url(meant) else 'http://127.0.0.1:6093'}"
+            )
         else:
             doors.append(Door(found.partition("://")[2], found, here=False))
     names = [door.name for door in doors]
