@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy import nginx, render, systemd
 from chatterbox_deploy.change import observe
 from chatterbox_deploy.errors import CaptureError, CommandFailed
-from chatterbox_deploy.gpu import nvml, smi
+from chatterbox_deploy.gpu import nvml, smi, usage
 from chatterbox_deploy.report import pins, proc, situation
 from chatterbox_deploy.report.situation import Pin, Program, Situation, short_name
 from chatterbox_deploy.status.survey import ANSWER_TIMEOUT_S
@@ -114,7 +114,7 @@ def _unseen(
     yield from situation.unanswering(found)
     blind = [card.index for card in found if card.processes is None and card.uuid]
     if blind:
-        yield f"the processes on GPU {' and '.join(blind)}: the driver does not tell"
+        yield f"the processes on {usage.named(blind)}: the driver does not tell"
     known = list(programs)
     hidden = [str(each.pid) for each in known if not each.command]
     if hidden:
