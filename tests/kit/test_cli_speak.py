@@ -100,6 +100,19 @@ def test_what_is_wrong_with_the_command_line_is_said_before_anything_begins(
     assert [path.name for path in here.iterdir()] == ["book.md"]
 
 
+def test_all_that_is_wrong_is_said_at_once(here: Path) -> None:
+    (here / "fleet.toml").write_text("[gpus]\n0 = 80\n")
+    result = run("book.md", "-o", "book.mp4", "--subtitles", "book.md", "--speed", "2")
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: cannot do this:\n"
+        "  --subtitles: book.md is BOOK, which this command reads; name another file\n"
+        "  --output: book.mp4 should end in .m4b, .m4a, .mp3, .opus, .flac, .wav: that says the format\n"
+        "  fleet.toml: gpus.0: input should be greater than or equal to 1024, got 80\n"
+    )
+
+
 def test_a_book_that_is_no_text_is_told_with_the_command_that_makes_it_one(here: Path) -> None:
     (here / "book.epub").write_bytes(b"PK\x03\x04\xff")
 

@@ -13,7 +13,7 @@ import click
 from chatterbox_deploy import client, fleet
 from chatterbox_deploy.cli import arguments, mistakes, outputs, speaking, telling
 from chatterbox_deploy.cli.outputs import Output
-from chatterbox_deploy.errors import CommandFailed, ManuscriptError
+from chatterbox_deploy.errors import CommandFailed, CommandLineError, FleetFileError, ManuscriptError
 from chatterbox_deploy.speak import narration
 from chatterbox_deploy.speak.formats import FORMATS
 from chatterbox_deploy.speak.narration import Manner
@@ -127,7 +127,7 @@ def speak_command(book: str, **options: Any) -> None:
         told = json.dumps(asdict(text), indent=2, ensure_ascii=False)
         click.echo(told if asked.as_json else speaking.outline(text, title))
         return
-    output = _output(book, asked)
+    output, front, in_flight = _settled(book, asked)
     goal = production.Goal(
         output=output,
         subtitles=asked.subtitles_file,
@@ -136,7 +136,6 @@ def speak_command(book: str, **options: Any) -> None:
         loudness_lufs=asked.loudness_lufs,
         keep_parts=asked.keep_parts,
     )
-    front, in_flight = _front(asked)
     parts = Parts(asked.parts_dir or output.with_name(f"{output.name}.parts"))
     manner = Manner(**{field.name: getattr(asked, field.name) for field in fields(Manner)})
     with telling.saying_when_interrupted(lambda: production.how_to_go_on(parts)), parts.held(telling.author().command):
@@ -160,24 +159,35 @@ def _is_markdown(book: str) -> bool:
     return Path(book).suffix.lower() in {".md", ".markdown"}
 
 
-def _output(book: str, asked: _Asked) -> Path:
-    """Where to; nothing that is there is in the way, or would be lost."""
-    if (output := asked.output) is None:
-        msg = f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b"
-        raise click.UsageError(msg)
-    if output.suffix.lower() not in FORMATS:
-        msg = f"{output.name} should end in {_SUFFIXES}: that says the format"
-        raise click.BadParameter(msg, param_hint="--output")
+def _settled(book: str, asked: _Asked) -> tuple[Path, Front, int | None]:
+    """Where to, whom to ask, and how much at once; nothing that is there is in the way, or would be lost.
+
+    Raises:
+        CommandLineError: with every problem of the command line and the fleet file.
+    """
     stays = not asked.overwrite
-    outputs.refuse(
-        [Output("--output", output, stays), Output("--subtitles", asked.subtitles_file, stays)],
+    found = outputs.problems(
+        [Output("--output", asked.output, stays), Output("--subtitles", asked.subtitles_file, stays)],
         {
             "BOOK": None if book == "-" else book,
             "the fleet file": asked.fleet_file,
             "the key file": None if asked.api_key_file is None else asked.api_key_file.name,
         },
     )
-    return output
+    if asked.output is None:
+        found.append(f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b")
+    elif asked.output.suffix.lower() not in FORMATS:
+        found.append(f"--output: {asked.output.name} should end in {_SUFFIXES}: that says the format")
+    front: tuple[Front, int | None] | None = None
+    try:
+        front = _front(asked)
+    except click.UsageError as error:
+        found.append(mistakes.text(error))
+    except FleetFileError as error:
+        found += [f"{asked.fleet_file}: {problem}" for problem in error.problems]
+    if found or asked.output is None or front is None:
+        raise CommandLineError(found)
+    return asked.output, *front
 
 
 def _front(asked: _Asked) -> tuple[Front, int | None]:
