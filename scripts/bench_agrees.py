@@ -76,6 +76,7 @@ def bench(url: str, directory: Path) -> tuple[Said, loads.Run]:
         "1",
         "-o",
         str(saved),
+        "--overwrite",
     ]
     subprocess.run(argv, capture_output=True, check=True)
     run = loads.from_json(saved.read_text(), source=str(saved))

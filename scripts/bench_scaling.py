@@ -44,7 +44,7 @@ def measure(directory: Path, port: int, window_s: float, *load: str) -> Trial:
     saved = directory / "run.json"
     url = f"http://127.0.0.1:{port}"
     argv = [sys.executable, "-m", "chatterbox_deploy", "bench", "--url", url, "--texts", "short", "--timeout", "600"]
-    argv += ["--window", str(window_s), "--warmup", "5", "--repeat", str(REPETITIONS), "-o", str(saved)]
+    argv += ["--window", str(window_s), "--warmup", "5", "--repeat", str(REPETITIONS), "-o", str(saved), "--overwrite"]
     done = subprocess.run([*argv, *load], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in done.stderr.splitlines():

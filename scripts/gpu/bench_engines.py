@@ -46,7 +46,7 @@ def measure(case: Case, number: int, options: argparse.Namespace, directory: Pat
     try:
         print(f"ready after {server.wait_ready():.0f} s\n", flush=True)
         asked = ["--url", f"http://127.0.0.1:{PORT}", "--texts", options.texts, "--window", options.window]
-        asked += ["--warmup", options.warmup, "--repeat", options.repeat]
+        asked += ["--warmup", options.warmup, "--repeat", options.repeat, "--overwrite"]
         for clients in options.concurrency:
             show(*asked, "--concurrency", str(clients), "-o", str(options.keep / f"{number}-{clients}.json"))
         if options.find_rate is not None:

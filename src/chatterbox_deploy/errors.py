@@ -61,14 +61,18 @@ class ManuscriptError(DeployError):
     exit_code = 2
 
 
-class BenchmarkError(DeployError):
-    """What is asked of a benchmark, or a file that one left, is wrong; carries every problem found."""
+class CommandLineError(DeployError):
+    """The command line asks for what cannot be; carries every problem found."""
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__(problems[0] if len(problems) == 1 else "\n  ".join(["cannot do this:", *problems]))
+
+
+class BenchmarkError(CommandLineError):
+    """What is asked of a benchmark, or a file that one left, is wrong."""
 
 
 class ForeignFile(DeployError):

@@ -100,6 +100,17 @@ def show_argv(units: Sequence[str], properties: Sequence[str]) -> tuple[str, ...
     return ("systemctl", "show", f"--property={','.join(properties)}", "--", *units)
 
 
+_ABSENT = re.compile(
+    r"not been booted with systemd|Failed to connect to .*bus.*: (?:Host is down|No such file or directory)"
+    r"|cannot run `systemctl .*`: no such file or directory",
+)
+
+
+def is_absent(said: str) -> bool:
+    """Whether what came of a ``systemctl`` means that no systemd runs here, or that there is none."""
+    return _ABSENT.search(said) is not None
+
+
 def parse_show(stdout: str) -> list[dict[str, str]]:
     """What ``systemctl show`` printed: one mapping a unit, in its order."""
     blocks = (block.strip("\n") for block in stdout.split("\n\n"))

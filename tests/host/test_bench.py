@@ -58,7 +58,11 @@ class Fleet:
     def bench(self, *argv: str) -> tuple[Run, subprocess.CompletedProcess[str]]:
         saved = self.directory / "run.json"
         done = subprocess.run(
-            [*KIT, "bench", *argv, "-o", str(saved)], capture_output=True, text=True, check=False, cwd=self.directory
+            [*KIT, "bench", *argv, "-o", str(saved), "--overwrite"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=self.directory,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return loads.from_json(saved.read_text(), source=str(saved)), done

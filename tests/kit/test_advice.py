@@ -104,6 +104,16 @@ def test_no_more_than_memory_and_cores_allow(given: dict[str, Any], replicas: in
     assert best.replicas == replicas
 
 
+@pytest.mark.parametrize("cores", [0.5, 1, 2])
+def test_a_gpu_has_one_instance_however_few_the_cores(cores: float) -> None:
+    # Of the built-in profile each wants a little more than a core.
+    known = profile.built_in()["chatterbox"]
+    made = advice.advise(known, known, memory_bytes=24 * GIB, cores=cores, utterance_s=10.0)
+
+    assert (made.cores_carry, made.best and made.best.replicas) == (1, 1)
+    assert [row.replicas for row in made.rows if row.fits] == [1]
+
+
 def test_nothing_is_best_where_not_even_one_fits() -> None:
     assert advise(memory_bytes=4 * GIB).best is None
 
@@ -143,6 +153,13 @@ def test_the_lines_it_ends_with_are_a_fleet_file(tmp_path: Path) -> None:
     made = fleet.resolve(reading.load(said[said.index("[gpus]") :], source="f"))
     assert len(made.instances) == 4
     assert len(made.mps_daemons) == 1
+
+
+def test_one_core_is_one_core_and_where_nothing_fits_there_is_no_fleet_file(tmp_path: Path) -> None:
+    said = run(tmp_path, "--gpu-memory-mib", "2400", "--cores", "1")
+
+    assert "GPU 0: GPU as given, 2.5 GB, 1 core for it\n" in said
+    assert said.endswith("\nno lines of fleet.toml: not even one instance fits\n")
 
 
 def test_json_has_what_the_table_was_made_from(tmp_path: Path) -> None:

@@ -252,3 +252,5 @@ def test_a_server_of_no_fleet_file_is_an_instance_if_it_counts() -> None:
     assert unknown.instances == ()
     with pytest.raises(BenchmarkError, match=r"127\.0\.0\.1:1 is there twice"):
         aims.at(["http://127.0.0.1:1", "http://127.0.0.1:1/v1"])
+    with pytest.raises(BenchmarkError, match=r"cannot ask '127\.0\.0\.1:6095'; write it as http://127\.0\.0\.1:6095$"):
+        aims.at(["127.0.0.1:6095"])

@@ -143,6 +143,19 @@ def test_ctrl_c_shows_what_there_is_and_says_that_it_is_partial(urls: list[str],
     assert loads.from_json((tmp_path / "p.json").read_text(), source="p.json").partial
 
 
+def test_only_who_asks_a_fleet_of_this_machine_is_sent_to_its_status(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    (tmp_path / "fleet.toml").write_text(f"[gpus]\n0 = {port}\n[nginx]\nlisten = '127.0.0.1:{port + 1}'\n")
+    elsewhere = command("--url", f"http://127.0.0.1:{port}")
+    here = command(str(tmp_path / "fleet.toml"), "--instance", "0")
+
+    assert (elsewhere.exit_code, here.exit_code) == (3, 3)
+    assert "connection refused" in elsewhere.stderr
+    assert "status" not in elsewhere.stderr
+    assert here.stderr.endswith("connection refused; is the fleet running? `chatterbox-deploy status`\n")
+
+
 def test_a_failure_is_an_exit_status(tmp_path: Path) -> None:
     """Something answers the probe, and then is busy."""
 
@@ -168,7 +181,8 @@ def test_bad_files_to_compare_are_named_both(tmp_path: Path) -> None:
     result = command("compare", str(tmp_path / "bad.json"), str(tmp_path / "none.json"))
 
     assert result.exit_code == 2
-    assert "bad.json: version: field required" in result.stderr
+    assert f"  {tmp_path}/bad.json is no file of `bench -o`\n" in result.stderr
+    assert "required" not in result.stderr
     assert f"cannot read {tmp_path}/none.json: no such file or directory" in result.stderr
 
 

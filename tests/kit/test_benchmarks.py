@@ -177,6 +177,18 @@ def test_two_runs_compare_as_ratios() -> None:
     assert {row.says for row in comparison.compare(before, before) if row.ratio is not None} == {"unclear"}
 
 
+def test_a_closed_loop_and_an_open_one_are_shown_beside_each_other_and_not_compared() -> None:
+    closed = run(trial(steady(1.0), steady(1.01)))
+    of_open = run(trial(steady(2.0), steady(2.01), load=replace(LOAD, concurrency=None, rate_per_s=0.5)))
+
+    rows = comparison.compare(closed, of_open)
+    assert {(row.ratio, row.says) for row in rows} == {(None, "not comparable")}
+    assert all(row.before is not None and row.after is not None for row in rows)
+    assert comparison.gain(closed, of_open) is None
+    told, *_ = comparison.differences(closed, of_open)
+    assert told.startswith("front: one is a closed loop and one an open one: ")
+
+
 def test_what_else_differs_between_two_runs_is_said() -> None:
     before, after = (
         run(trial(steady(1.0))),

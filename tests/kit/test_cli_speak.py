@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from click.testing import CliRunner, Result
 
-from chatterbox_deploy.cli import main
+from chatterbox_deploy.cli import main, speaking
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,16 +78,15 @@ def test_a_dry_run_of_standard_input_as_json() -> None:
     [
         (["book.md"], 2, "say where to: -o book.m4b"),
         (["book.md", "-o", "book.mp4"], 2, "book.mp4 should end in .m4b, .m4a, .mp3, .opus, .flac, .wav"),
-        (["book.md", "-o", "nowhere/book.m4b"], 2, "nowhere/book.m4b: there is no such directory"),
-        (["book.md", "-o", "a.mp3", "--subtitles", "book.md"], 2, "book.md is there already; --overwrite replaces it"),
-        (["book.md", "-o", "a.wav", "--subtitles", "./a.wav"], 2, "--subtitles: is OUTPUT itself"),
+        (["book.md", "-o", "nowhere/book.m4b"], 2, "--output: there is no directory "),
+        (["book.md", "-o", "a.wav", "--subtitles", "./a.wav"], 2, "--subtitles: a.wav is that of --output, too"),
         (["book.md", "-o", "book.m4b"], 2, "there is no fleet.toml: name the fleet's file (--fleet "),
         (
             ["book.md", "-o", "book.m4b", "--url", "tts.example.com"],
             2,
             "should be like http://127.0.0.1:6095 or https://",
         ),
-        (["none.md", "-o", "book.m4b"], 2, "File 'none.md' does not exist"),
+        (["none.md", "-o", "book.m4b"], 2, "BOOK: file 'none.md' does not exist"),
     ],
 )
 def test_what_is_wrong_with_the_command_line_is_said_before_anything_begins(
@@ -99,6 +98,19 @@ def test_what_is_wrong_with_the_command_line_is_said_before_anything_begins(
     assert said in result.stderr
     assert result.stdout == ""
     assert [path.name for path in here.iterdir()] == ["book.md"]
+
+
+def test_all_that_is_wrong_is_said_at_once(here: Path) -> None:
+    (here / "fleet.toml").write_text("[gpus]\n0 = 80\n")
+    result = run("book.md", "-o", "book.mp4", "--subtitles", "book.md", "--speed", "2")
+
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: cannot do this:\n"
+        "  --subtitles: book.md is BOOK, which this command reads; name another file\n"
+        "  --output: book.mp4 should end in .m4b, .m4a, .mp3, .opus, .flac, .wav: that says the format\n"
+        "  fleet.toml: gpus.0: input should be greater than or equal to 1024, got 80\n"
+    )
 
 
 def test_a_book_that_is_no_text_is_told_with_the_command_that_makes_it_one(here: Path) -> None:
@@ -125,7 +137,7 @@ def test_a_key_file_that_holds_more_than_a_key_is_refused(here: Path) -> None:
     result = run("book.md", "-o", "book.m4b", "--url", "http://127.0.0.1:1", "--api-key-file", "keys")
 
     assert result.exit_code == 2
-    assert "Invalid value for --api-key-file: should hold one key and nothing else" in result.stderr
+    assert "error: --api-key-file: should hold one key and nothing else" in result.stderr
 
 
 @pytest.mark.parametrize("package", ["av", "sentencex"])
@@ -145,3 +157,16 @@ def test_without_the_extra_the_rest_of_the_kit_works_and_speak_says_what_to_inst
         f"error: cannot speak without the packages of the extra `speak` ({package}): "
         f"{sys.executable} -m pip install 'av>=14.2' 'sentencex>=1.0'\n"
     )
+
+
+def test_where_there_is_no_bar_a_long_encoding_says_once_what_it_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with speaking.Show().writing("evening out to -19 LUFS and writing a.m4b", 3725.0) as on_way:
+        on_way(1.0)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(speaking, "LONG_S", -1.0)
+        on_way(2.0)
+        on_way(3.0)
+
+    assert capsys.readouterr().err == "evening out to -19 LUFS and writing a.m4b: 1:02:05 of sound\n"

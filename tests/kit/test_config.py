@@ -46,7 +46,24 @@ REJECTED = [
     ("[gpus]\n'0,1,2' = 6093", [f"gpus.0,1,2: {GPU_KEY}"]),
     ("[gpus]\nGPU-8f3c2a1b = 6093", [f"gpus.GPU-8f3c2a1b: {GPU_KEY}"]),
     ("[gpus]\n0 = 6093\n1 = 6093", ["gpus.1: port 6093 is already used by gpus.0"]),
-    ("[gpus]\n0 = [6093, 6093]", ["gpus.0: port 6093 is already used by gpus.0"]),
+    ("[gpus]\n0 = [6093, 6093]", ["gpus.0: port 6093 is there twice"]),
+    ("[gpus]\n0 = [6093, 6093, 6093]", ["gpus.0: port 6093 is there twice"]),
+    (
+        "[gpus]\n0 = 6093\n'0,0' = 6095\n[nginx]\nlisten = '127.0.0.1:7000'",
+        [
+            "gpus.0,0: GPU 0 is named twice",
+            "gpus.0,0: GPU 0 is already used by gpus.0; to share a GPU give it a list of ports",
+        ],
+    ),
+    (
+        "[gpus]\nfirst = 6093\n0 = 6093\n1 = [6093, 'x']",
+        [
+            "gpus.first: should be a GPU's index ('0'), its UUID as in `nvidia-smi -L`, or two of them ('2,3')",
+            "gpus.1.1: input should be a valid integer, got 'x'",
+            "gpus.0: port 6093 is already used by gpus.first",
+            "gpus.1: port 6093 is already used by gpus.first",
+        ],
+    ),
     (
         "[gpus]\n0 = 6093\n'0,1' = 6094",
         ["gpus.0,1: GPU 0 is already used by gpus.0; to share a GPU give it a list of ports"],

@@ -178,6 +178,15 @@ def test_what_the_instances_say_of_tf32_is_heard(host: TreeHost) -> None:
     assert look(host, card(0), file=file).tf32 == {"gpu0": False}
 
 
+def test_the_fast_engine_heeds_no_tf32_so_what_it_says_of_it_is_no_finding(host: TreeHost) -> None:
+    said = {"ready": True, "facts": {"tf32": {"matmul": False, "cudnn": False}}}
+    for port, engine in ((6093, "fast"), (6094, "stock")):
+        host.answers[f"http://127.0.0.1:{port}/readyz"] = json.dumps({**said, "engine": engine}).encode()
+    file = fleet_file("[gpus]\n0 = 6093\n1 = 6094\n[server]\nengine = 'fast'\n")
+
+    assert look(host, card(0), file=file).tf32 == {"gpu1": False}
+
+
 def test_units_that_do_not_run_tell_to_which_gpu_they_are_pinned(host: TreeHost) -> None:
     unit = "[Service]\nExecStart=/srv/venv/bin/python /srv/tts_api.py\nEnvironment=CUDA_VISIBLE_DEVICES=0\n"
     host.place("/etc/systemd/system/voice.service", unit)

@@ -111,6 +111,8 @@ def test_subtitles_are_numbered_and_say_hours_and_milliseconds() -> None:
         ('[gpus]\n"0,1" = 6093', 3),
         ("[gpus]\n0 = 6093\n1 = 6094\n[server]\nqueue_size = 0", 2),
         ("[gpus]\n0 = 6093\n1 = 6094\n[server]\npipeline = 'on'", 6),
+        ("[gpus]\n0 = 6093\n1 = 6094\n[server]\nengine = 'fast'", 34),
+        ("[gpus]\n0 = [6093, 6094]\n[server]\nengine = 'fast'\nmax_batch = 48\nqueue_size = 0", 96),
     ],
 )
 def test_as_many_requests_are_in_flight_as_keep_the_fleet_busy_and_its_queues_hold(toml: str, requests: int) -> None:
@@ -140,7 +142,7 @@ def test_the_last_line_says_how_long_how_fast_and_who_spoke() -> None:
 
     assert summary.line() == (
         "b.m4b: 1:02:05 of sound in 2 chapters and 13 pieces; 1:40 spoken in 20.0 s, 5.0 times as fast as it sounds; "
-        "gpu0 90%, gpu1 10%; 3 pieces kept from before"
+        "gpu0 90%, gpu1 10%; 3 pieces kept from before; 25.0 s in all"
     )
     assert summary.as_json() == {
         "file": "b.m4b", "chapters": 2, "pieces": 13, "duration_s": 3725.4, "spoken": 2, "kept": 3, "retries": 0,
@@ -154,7 +156,7 @@ def test_the_last_line_says_how_long_how_fast_and_who_spoke() -> None:
 def test_who_had_nothing_to_speak_tells_no_speed() -> None:
     told = Summary("a.wav", 1, 1, 7.0, Tally(pieces=0, characters=0, kept=1), 0.0, 1.0)
 
-    assert told.line() == "a.wav: 0:07 of sound in 1 chapter and 1 piece; 1 piece kept from before"
+    assert told.line() == "a.wav: 0:07 of sound in 1 chapter and 1 piece; 1 piece kept from before; 1.0 s in all"
     assert told.as_json()["real_time"] is None
     assert tally.clock(59.7) == "1:00"
 

@@ -84,7 +84,7 @@ def test_every_way_to_install_us_renders_the_golden_files(
 
     # Of a report the page, without matplotlib; status 1 is its finding that a GPU is idle.
     told = f"{python.with_name('chatterbox-deploy')} report --format html --from-nvidia-smi {CAPTURE}; test $? -eq 1"
-    assert 'pip install "chatterbox-deploy[plots]"' in _run("sh", "-c", told, cwd=tmp_path)
+    assert "pip install '.[plots]'" in _run("sh", "-c", told, cwd=tmp_path)
 
     ours = ROOT / "src" if way == "editable" else tmp_path / "venv"
     assert Path(where).is_relative_to(ours)

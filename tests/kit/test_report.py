@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from chatterbox_deploy.cli import main
+from chatterbox_deploy.gpu import usage
 from chatterbox_deploy.nginx import Block
 from chatterbox_deploy.report import markdown, summary
-from support.situations import MIB, SEED, card, everything, fleet_file, machine, seed
+from support.situations import MIB, SEED, card, everything, fleet_file, machine, process, seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +76,43 @@ def test_markdown_tells_everything_and_lets_nobody_write_into_it() -> None:
     assert "| -" in tables  # unknown is a dash
     for line in rows:
         assert len(re.findall(r"(?<!\\)\|", line)) in (4, 5, 6, 8)
+
+
+def test_commands_are_not_garbled_and_what_others_wrote_is_no_markup() -> None:
+    text = markdown.markdown(summary.make(machine(unseen=("`ss -ltnp` | <b>: no `such program", "a `<b>` b"))))
+
+    assert "- `ss -ltnp` \\| \\<b\\>: no \\`such program\n- a `<b>` b\n" in text
+
+
+def test_one_is_one_and_several_are_listed() -> None:
+    idle = card(0)
+    file = fleet_file("[gpus]\n0 = 6093\n4 = 6094\n5 = 6096\n6 = 6097\n7 = 6098\n")
+    alone = summary.make(machine(idle)).verdict()
+    grave = summary.make(machine(card(0, process(1)), fleet_file=file))
+
+    assert alone.startswith("1 GPU, idle, ")
+    assert alone.endswith(" 1 finding.")
+    assert grave.verdict().startswith("1 GPU, at work, 3.3 % of all GPU memory in use. 1 grave finding. ")
+    assert grave.findings[0].what == "fleet.toml is for GPUs 4, 5, 6 and 7, which this machine has not got"
+    assert [usage.named(each) for each in (["0"], ["0", "1"])] == ["GPU 0", "GPUs 0 and 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "begins"),
+    [
+        ("two.html", (), "<!doctype html>"),
+        ("two.json", (), "{"),
+        ("two.md", (), "# GPU report"),
+        ("two", (), "# GPU report"),
+        ("two.html", ("--format", "md"), "# GPU report"),
+    ],
+)
+def test_the_files_name_says_the_format_unless_it_is_given(
+    name: str, options: tuple[str, ...], begins: str, tmp_path: Path
+) -> None:
+    run("--from-nvidia-smi", str(SEED), "-o", str(tmp_path / name), *options)
+
+    assert (tmp_path / name).read_text().startswith(begins)
 
 
 def test_no_gpu_is_said_to_be_none() -> None:
@@ -223,7 +261,7 @@ def test_the_report_goes_to_a_file_if_one_is_named(tmp_path: Path) -> None:
 
     assert (said.exit_code, said.stdout) == (1, "")
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
-    assert run("--from-nvidia-smi", str(SEED), "--output", str(tmp_path / "none/a.md")).exit_code == 3
+    assert run("--from-nvidia-smi", str(SEED), "--output", str(tmp_path / "none/a.md")).exit_code == 2
 
 
 def test_this_machine_can_be_looked_at_whatever_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

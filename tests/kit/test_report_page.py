@@ -164,5 +164,5 @@ def test_without_matplotlib_it_says_what_is_missing(monkeypatch: pytest.MonkeyPa
 
     assert "<svg" in with_charts
     assert "<svg" not in without
-    assert 'pip install "chatterbox-deploy[plots]"' in without
+    assert "in a checkout <code>pip install '.[plots]'</code>" in without
     assert "9,190 of 49,152 MiB" in without

@@ -312,12 +312,11 @@ def test_where_nobody_listens_the_first_question_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    with pytest.raises(CommandFailed) as failed:
-        asyncio.run(sending.spoken_by(Front(url), None))
+    for here, hint in ((True, "; does the fleet run? `chatterbox-deploy status`"), (False, "")):
+        with pytest.raises(CommandFailed) as failed:
+            asyncio.run(sending.spoken_by(Front(url, here=here), None))
 
-    assert str(failed.value) == (
-        f"cannot reach {url}: connection refused; does the fleet run? `chatterbox-deploy status`"
-    )
+        assert str(failed.value) == f"cannot reach {url}: connection refused{hint}"
 
 
 @pytest.mark.parametrize(

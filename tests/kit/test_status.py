@@ -367,6 +367,33 @@ def test_without_systemd_or_the_right_to_read_the_rest_is_told() -> None:
     assert told.sentence() == ("2 of 2 instances serve behind 127.0.0.1:6095; nginx is unknown, the front answers")
 
 
+@pytest.mark.parametrize("units", [None, {systemd.NGINX_UNIT: replace(NGINX, active="inactive")}])
+def test_a_fleet_that_runs_by_up_is_told_from_one_that_does_not_run(units: dict[str, Unit] | None) -> None:
+    by_hand = replace(READY, invocation_id=None)
+    found = replace(
+        as_it_should_be(),
+        units=units,
+        running={},
+        texts=dict.fromkeys(as_it_should_be().texts),
+        readiness={"gpu0": by_hand, "gpu1": by_hand},
+    )
+    told = report(found)
+
+    assert [(row.unit, row.ready, row.front, row.spoken, row.wrong) for row in told.rows] == [
+        ("not installed", "ready", None, 340, ())
+    ] * 2
+    assert told.wrong == (
+        "nothing is installed: it runs by `chatterbox-deploy up`, or by hand, until that ends; "
+        "to install it: chatterbox-deploy apply",
+    )
+    assert told.sentence().startswith("2 of 2 instances serve behind 127.0.0.1:6095; nginx is ")
+    one_is_away = report(replace(found, readiness={"gpu0": by_hand, "gpu1": None}))
+    assert one_is_away.rows[1].wrong == ("no answer: look where it was started",)
+    assert one_is_away.sentence().startswith("1 of 2 instances serves ")
+    nobody = report(replace(found, readiness={"gpu0": None, "gpu1": None}))
+    assert nobody.rows[0].wrong == ("not installed: chatterbox-deploy apply",)
+
+
 def test_what_is_wrong_with_no_instance_in_particular_stands_below() -> None:
     text = TWO + "[unit]\nrecycle_after_h = 24\n"
     found = as_it_should_be(text)

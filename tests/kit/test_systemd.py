@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -10,9 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from chatterbox_deploy import fleet, systemd
+from chatterbox_deploy.change import observe
+from chatterbox_deploy.change.ledger import Ledger
 from chatterbox_deploy.config import reading
+from chatterbox_deploy.errors import CommandFailed
+from chatterbox_deploy.host import LocalHost, Ran
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 NEEDS_SYSTEMD = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
@@ -126,3 +132,38 @@ def test_names_tell_instances_from_their_mps_daemons() -> None:
     assert systemd.is_mps_unit("chatterbox-tts-mps-gpu0.service")
     assert not systemd.is_mps_unit("chatterbox-tts-gpu0-a.service")
     assert systemd.instance_name("chatterbox-tts-gpu0-a.service") == "gpu0-a"
+
+
+WITHOUT = [
+    # systemctl 252 in a container of Debian 12, whole.
+    "System has not been booted with systemd as init system (PID 1). Can't operate.\n"
+    "Failed to connect to bus: Host is down",
+    "Failed to connect to bus: Host is down",
+    "Failed to connect to system scope bus via local transport: No such file or directory",
+]
+
+
+class _Without(LocalHost):
+    """A machine on which ``systemctl`` says so, or is missing."""
+
+    def __init__(self, root: Path, said: str | None) -> None:
+        super().__init__(root)
+        self.said = said
+
+    def run(self, argv: Sequence[str], *, timeout_s: float, check: bool = True) -> Ran:
+        how = "no such file or directory" if self.said is None else f"exit status 1: {self.said}"
+        msg = f"cannot run `{shlex.join(argv)}`: {how}"
+        raise CommandFailed(msg)
+
+
+@pytest.mark.parametrize("said", [*WITHOUT, None])
+def test_without_systemd_it_says_what_to_type_instead(said: str | None, tmp_path: Path) -> None:
+    with pytest.raises(
+        CommandFailed, match=r"none runs here; `chatterbox-deploy up` .* `chatterbox-deploy apply --root"
+    ):
+        observe.state(_Without(tmp_path, said), Ledger())
+
+
+def test_a_systemd_that_refuses_is_no_systemd_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="Connection timed out"):
+        observe.state(_Without(tmp_path, "Failed to connect to bus: Connection timed out"), Ledger())

@@ -35,6 +35,9 @@ class Door:
     by_itself: bool | None = None
     """Whether one instance is behind it, whose answers are then its own; ``None`` until somebody has looked."""
 
+    here: bool = True
+    """Whether it is of a fleet file, of which ``status`` tells."""
+
 
 @dataclass(frozen=True, slots=True)
 class Aim:
@@ -93,9 +96,12 @@ def at(urls: Iterable[str]) -> tuple[Door, ...]:
     for url in urls:
         found = client.base_url(url)
         if found is None:
-            problems.append(f"--url: cannot ask {url!r}; write it as http://127.0.0.1:6093")
+            meant = f"http://{url}"
+            problems.append(
+                f"--url: cannot ask {url!r}; write it as {meant if client.base_url(meant) else 'http://127.0.0.1:6093'}"
+            )
         else:
-            doors.append(Door(found.partition("://")[2], found))
+            doors.append(Door(found.partition("://")[2], found, here=False))
     names = [door.name for door in doors]
     problems += [f"--url: {name} is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:

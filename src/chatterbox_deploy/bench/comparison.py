@@ -39,12 +39,16 @@ class Compared:
     before: Estimate | None
     after: Estimate | None
     ratio: Estimate | None
-    """After over before; ``None`` where one of them is unknown, or not positive."""
+    """After over before; ``None`` where one of them is unknown, or not positive, or they are of different loops."""
+    same_loop: bool = True
+    """Whether both are of a closed loop, or both of an open one: else each finds what the other is told."""
 
     @property
     def says(self) -> str:
         """Whether the two differ by more than their spread explains; "unclear" where the interval holds 1."""
         ratio = self.ratio
+        if not self.same_loop:
+            return "not comparable"
         if self.before is not None and self.after is not None and self.before.value == self.after.value == 0:
             return "both 0"
         if ratio is None or ratio.low is None or ratio.high is None:
@@ -98,11 +102,17 @@ def compare(before: Run, after: Run) -> tuple[Compared, ...]:
     rows = []
     for one, other in matched(before, after):
         label = one.label if one.label == other.label else f"{one.label} → {other.label}"
+        alike = _same_loop(one, other)
         for figure in shown(one, other):
             first, second = values(one, figure), values(other, figure)
             if first or second:
-                rows.append(Compared(label, figure, stats.mean(first), stats.mean(second), stats.ratio(second, first)))
+                ratio = stats.ratio(second, first) if alike else None
+                rows.append(Compared(label, figure, stats.mean(first), stats.mean(second), ratio, alike))
     return tuple(rows)
+
+
+def _same_loop(one: Trial, other: Trial) -> bool:
+    return (one.load.rate_per_s is None) == (other.load.rate_per_s is None)
 
 
 def matched(before: Run, after: Run) -> tuple[tuple[Trial, Trial], ...]:
@@ -119,6 +129,11 @@ def differences(before: Run, after: Run) -> tuple[str, ...]:
     if before.machine != after.machine:
         notes.append(f"the machines differ: {before.machine} / {after.machine}")
     for one, other in matched(before, after):
+        if not _same_loop(one, other):
+            notes.append(
+                f"{one.label}: one is a closed loop and one an open one: the first finds the throughput, which the "
+                "second is told; give both --concurrency, or both --rate"
+            )
         for name in one.load.__dataclass_fields__:
             a, b = getattr(one.load, name), getattr(other.load, name)
             if a != b and name != "repetitions":
@@ -131,9 +146,12 @@ def _plain(value: object) -> str:
 
 
 def gain(before: Run, after: Run) -> str | None:
-    """What B has over A in sound, or in requests where the sound is unknown, in one line; ``None``: several trials."""
+    """What B has over A in sound, or in requests where the sound is unknown, in one line.
+
+    ``None``: several trials, or a closed loop and an open one.
+    """
     pairs = matched(before, after)
-    if len(pairs) != 1:
+    if len(pairs) != 1 or not _same_loop(*pairs[0]):
         return None
     one, other = pairs[0]
     figure = AUDIO if values(one, AUDIO) and values(other, AUDIO) else REQUESTS

@@ -6,6 +6,7 @@ of its repetition's window, so that what belongs to the warm-up before it is neg
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -242,10 +243,20 @@ def from_json(text: str, *, source: str) -> Run:
     try:
         return _file().validate_json(text)
     except ValidationError as error:
+        if not _says_format(text):
+            raise BenchmarkError([f"{source} is no file of `bench -o`"]) from None
         problems = [
             f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg'].lower()}" for each in error.errors()
         ]
         raise BenchmarkError([f"{source}: {problem}" for problem in problems]) from None
+
+
+def _says_format(text: str) -> bool:
+    try:
+        read = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(read, dict) and "format" in read
 
 
 def read_texts(name: str, own: str | None = None) -> tuple[str, ...]:

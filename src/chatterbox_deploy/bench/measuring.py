@@ -88,16 +88,16 @@ async def probe(session: aiohttp.ClientSession, doors: Iterable[Door], load: Loa
         count += 1
         if sample.failure is not None:
             reason = f"it answered {sample.failure}" if sample.failure.isdigit() else sample.failure
-            problems.append(f"{door.name} ({door.url}): {reason}{_advice(sample)}")
+            problems.append(f"{door.name} ({door.url}): {reason}{_advice(door, sample)}")
     if problems:
         raise CommandFailed("\n  ".join(["cannot begin, for not everybody speaks:", *problems]))
     return count
 
 
-def _advice(sample: Sample) -> str:
+def _advice(door: Door, sample: Sample) -> str:
     if sample.status in (401, 403):
         return "; give an API key: --api-key-file FILE, or $CHATTERBOX_API_KEY"
-    return "; is the fleet running? `chatterbox-deploy status`" if sample.status is None else ""
+    return "; is the fleet running? `chatterbox-deploy status`" if sample.status is None and door.here else ""
 
 
 class Bench:

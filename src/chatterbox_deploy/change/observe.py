@@ -16,7 +16,7 @@ from chatterbox_deploy.fleet import MPS_PROGRAM
 from chatterbox_deploy.gpu import query
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from chatterbox_deploy.change.ledger import Ledger
     from chatterbox_deploy.fleet import Fleet
@@ -51,17 +51,8 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
     """
     on_disk = files(host, wanted, ledger.paths)
     paths = {path.name for path in on_disk if path.parent == render.UNIT_DIR} | {systemd.TARGET, systemd.RECYCLE_TIMER}
-    shown = {
-        unit["Id"]: unit
-        for unit in systemd.parse_show(
-            host.run(
-                # The glob is for what runs though its file is gone.
-                systemd.show_argv([*sorted(paths), "chatterbox-tts-*.service"], PROPERTIES),
-                timeout_s=SHOW_TIMEOUT_S,
-            ).stdout
-        )
-        if "Id" in unit
-    }
+    # The glob is for what runs though its file is gone.
+    shown = _show(host, [*sorted(paths), "chatterbox-tts-*.service"])
     instances = {
         name: _unit_state(host, unit, on_disk.get(render.UNIT_DIR / unit_name))
         for unit_name, unit in shown.items()
@@ -97,6 +88,21 @@ def state(host: Host, ledger: Ledger, *, wanted: Iterable[RenderedFile] = (), fl
         interrupted=None if ledger.begun is None else ledger.begun.command,
         stale=any(unit.get("NeedDaemonReload") == "yes" for unit in shown.values()),
     )
+
+
+def _show(host: Host, units: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What systemd tells of units, by name."""
+    try:
+        said = host.run(systemd.show_argv(units, PROPERTIES), timeout_s=SHOW_TIMEOUT_S).stdout
+    except CommandFailed as error:
+        if systemd.is_absent(str(error)):
+            msg = (
+                "cannot ask systemd: none runs here; `chatterbox-deploy up` runs a fleet without it, and "
+                "`chatterbox-deploy apply --root DIR` installs one into a directory tree, for where it does"
+            )
+            raise CommandFailed(msg) from None
+        raise
+    return {unit["Id"]: unit for unit in systemd.parse_show(said) if "Id" in unit}
 
 
 def _unit_state(host: Host, shown: dict[str, str], text: str | None) -> UnitState:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from chatterbox_deploy import __version__
-from chatterbox_deploy.cli import telling
+from chatterbox_deploy.cli import mistakes, telling
 from chatterbox_deploy.cli.advise import advise_command
 from chatterbox_deploy.cli.bench import bench_command
 from chatterbox_deploy.cli.drain import drain_command, undrain_command
@@ -32,11 +32,23 @@ from chatterbox_deploy.errors import DeployError
 class _Shell(click.Group):
     """Shows what the operator can act on bare; anything else is our bug and keeps its traceback."""
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except click.ClickException as error:
+            if isinstance(error, _HELP):
+                raise
+            _tell(mistakes.text(error))
+            raise click.exceptions.Exit(error.exit_code) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except DeployError as error:
-            click.echo(f"error: {error}", err=True)
+            _tell(str(error))
+            ctx.exit(error.exit_code)
+        except click.ClickException as error:
+            _tell(mistakes.text(error))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -45,9 +57,9 @@ class _Shell(click.Group):
             telling.close_output()
             ctx.exit(telling.CLOSED)
         except OSError as error:
-            click.echo(f"error: cannot go on: {(error.strerror or str(error)).lower()}", err=True)
+            _tell(f"cannot go on: {(error.strerror or str(error)).lower()}")
             ctx.exit(DeployError.exit_code)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.exceptions.Exit, click.Abort):
             raise
         except Exception:  # noqa: BLE001  status 1 would say "out of date" to whoever scripts us
             traceback.print_exc()
@@ -56,6 +68,14 @@ class _Shell(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click passes it
         """In the order in which an operator needs them."""
         return list(self.commands)
+
+
+_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What newer versions of click raise where nothing is typed: no mistake."""
+
+
+def _tell(problem: str) -> None:
+    click.echo(f"error: {problem}", err=True)
 
 
 @click.group(cls=_Shell, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

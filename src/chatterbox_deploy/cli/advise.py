@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chatterbox_deploy.change import observe
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.gpu.query import MEBIBYTE, Gpu
 from chatterbox_deploy.host import LocalHost
@@ -29,7 +29,7 @@ _FIRST_PORT = 6093
 _FRONT_PORT = 6095
 
 
-@click.command("advise")
+@click.command("advise", cls=mistakes.Command)
 @click.option(
     "--model", type=click.Choice(["chatterbox", "turbo", "multilingual"]), default="chatterbox", show_default=True
 )
@@ -107,7 +107,7 @@ def _as_json(
 
 def _show(gpu: Gpu, made: Advice, *, cores: float, utterance_s: float) -> None:
     memory = "memory unknown" if gpu.memory_bytes is None else capacity.gigabytes(gpu.memory_bytes)
-    click.echo(f"GPU {gpu.index}: {gpu.name}, {memory}, {cores:g} cores for it")
+    click.echo(f"GPU {gpu.index}: {gpu.name}, {memory}, {cores:g} core{'s' * (cores != 1)} for it")
     holds = "any number" if made.memory_holds is None else str(made.memory_holds)
     click.echo(
         f"its memory holds {holds}, its cores carry {made.cores_carry}, up to {made.measured_up_to} were measured"
@@ -153,6 +153,8 @@ def _cells(row: Row, made: Advice) -> tuple[str, ...]:
 
 def _toml(gpus: Sequence[Gpu], advices: Sequence[Advice]) -> list[str]:
     """Lines of fleet.toml for what is best on each GPU."""
+    if all(made.best is None for made in advices):
+        return ["no lines of fleet.toml: not even one instance fits"]
     lines = ["[gpus]"]
     port = _FIRST_PORT
     for gpu, made in zip(gpus, advices, strict=True):

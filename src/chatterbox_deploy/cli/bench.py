@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -10,12 +11,12 @@ import click
 from rich.console import Console
 
 from chatterbox_deploy.bench import comparison, heard, loads, rate_search, results
-from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, telling
+from chatterbox_deploy.cli import arguments, bench_asked, bench_tables, mistakes, outputs, telling
 from chatterbox_deploy.errors import BenchmarkError, CommandFailed
 from chatterbox_deploy.host import save
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.table import Table
 
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 class _RunByDefault(click.Group):
     """``bench fleet.toml`` is ``bench run fleet.toml``."""
 
+    command_class = mistakes.Command
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7) if args else []
+            if near and not Path(args[0]).exists():
+                msg = f"there is no {args[0]!r}, neither a file nor a command (did you mean {near[0]!r}?)"
+                raise click.UsageError(msg, ctx)
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -51,7 +58,13 @@ def bench_command() -> None:
     """
 
 
-@bench_command.command("run")
+class _Run(mistakes.Command):
+    def further(self, given: Mapping[str, Any]) -> list[str]:
+        """What we say of the command line, as far as click took it."""
+        return bench_asked.problems({**given, "key_file": None})
+
+
+@bench_command.command("run", cls=_Run)
 @arguments.FLEET
 @click.option("--url", "urls", multiple=True, help="Ask this server, which is in no fleet file; several: together.")
 @click.option(
@@ -62,7 +75,8 @@ def bench_command() -> None:
 @click.option(
     "--concurrency",
     type=click.IntRange(1, 10_000),
-    help="Closed loop: clients that ask again once answered; with --scale, per instance.  [default: 1 per instance]",
+    help="Closed loop: clients that ask again once answered; with --scale, per instance. A fast engine speaks up to 64 "
+    "at once.  [default: 1 per instance]",
 )
 @click.option(
     "--rate",
@@ -133,14 +147,15 @@ def bench_command() -> None:
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep every sample in this file (JSON), for compare and show.",
+    help="Keep every sample in this file (JSON), for compare and show; one that is there is not replaced.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
 @click.option(
     "--plot",
     "plots",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw to FILE.svg, .png or .html.",
+    help="Draw to FILE.svg, .png or .html, replacing it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with what the tables were made from.")
 def run_command(
@@ -167,7 +182,7 @@ def run_command(
     Exits 1 when a request failed, 130 when it was stopped.
     """
     key = arguments.read_key(api_key_file)
-    asked = bench_asked.Asked(**given)
+    asked = bench_asked.Asked(**given, key_file=None if api_key_file is None else api_key_file.name)
     wanted, target, texts = bench_asked.read(asked)
     load = loads.Load(
         concurrency=None, rate_per_s=None, window_s=window, warmup_s=warmup, repetitions=repeat, seed=seed,
@@ -232,7 +247,7 @@ def compare_command(*, before: Path, after: Path, as_json: bool) -> None:
     "plots",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw to FILE.svg, .png or .html.",
+    help="Draw to FILE.svg, .png or .html, replacing it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with what the tables were made from.")
 def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None:
@@ -241,7 +256,7 @@ def show_command(*, saved: Path, plots: tuple[Path, ...], as_json: bool) -> None
     \b
         chatterbox-deploy bench show now.json --plot now.svg
     """
-    problems = [*bench_asked.plot_problems(plots)]
+    problems = bench_asked.plot_problems(plots) + outputs.problems(bench_asked.to_draw(plots), {"RUN": saved})
     run = bench_asked.saved(saved, problems)
     if problems or run is None:
         raise BenchmarkError(problems)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chatterbox_deploy.bench import aims, heard, loads, rate_search
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, outputs
+from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.errors import BenchmarkError, FleetFileError, UnknownInstance
 from chatterbox_deploy.fleet import resolve
 from chatterbox_deploy.report import charts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from chatterbox_deploy.bench.aims import Aim
     from chatterbox_deploy.bench.loads import Load, Run, Target
@@ -38,7 +40,9 @@ class Asked:
     audio_format: heard.Format | None
     stream: bool
     output: Path | None
+    overwrite: bool
     plots: tuple[Path, ...]
+    key_file: str | None
 
 
 def read(asked: Asked) -> tuple[tuple[Aim, ...], Target | None, tuple[str, ...]]:
@@ -67,12 +71,20 @@ def read(asked: Asked) -> tuple[tuple[Aim, ...], Target | None, tuple[str, ...]]
         texts = _texts(asked.texts)
     except BenchmarkError as error:
         problems += error.problems
-    problems += _contradictions(asked) + plot_problems(asked.plots)
-    if asked.output is not None and not asked.output.absolute().parent.is_dir():
-        problems.append(f"--output: there is no directory {asked.output.absolute().parent}")
+    problems += _contradictions(asked) + plot_problems(asked.plots) + _output_problems(asked)
     if problems:
         raise BenchmarkError(problems)
     return found, target, texts
+
+
+def problems(given: Mapping[str, Any]) -> list[str]:
+    """What ``read`` has against a command line of which only some values are good."""
+    values: dict[str, Any] = {field.name: given.get(field.name) for field in fields(Asked)}
+    try:
+        read(Asked(**values))
+    except BenchmarkError as error:
+        return list(error.problems)
+    return []
 
 
 def _contradictions(asked: Asked) -> list[str]:
@@ -100,15 +112,23 @@ def _contradictions(asked: Asked) -> list[str]:
     return problems
 
 
+def _output_problems(asked: Asked) -> list[str]:
+    # A run cannot be had again; a drawing can, by `bench show`.
+    written = [Output("--output", asked.output, stays=not asked.overwrite), *to_draw(asked.plots)]
+    texts = None if asked.texts in loads.TEXT_SETS else asked.texts
+    return outputs.problems(written, {"FLEET": asked.fleet_file, "--texts": texts, "--api-key-file": asked.key_file})
+
+
+def to_draw(plots: Sequence[Path]) -> list[Output]:
+    """What ``--plot`` names; a drawing that is there is replaced."""
+    return [Output("--plot", path) for path in plots]
+
+
 def plot_problems(plots: Sequence[Path]) -> list[str]:
+    """Names that say no format, and a package that is not there."""
     problems = [f"--plot: {path} ends in none of {', '.join(PLOTS)}" for path in plots if path.suffix not in PLOTS]
-    problems += [
-        f"--plot: there is no directory {path.absolute().parent}"
-        for path in plots
-        if not path.absolute().parent.is_dir()
-    ]
     if plots and not charts.available():
-        problems.append("--plot: matplotlib is not installed; pip install 'chatterbox-deploy[plots]'")
+        problems.append(f"--plot: there is no matplotlib: {sys.executable} -m pip install 'matplotlib>=3.9'")
     return problems
 
 

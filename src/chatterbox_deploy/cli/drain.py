@@ -6,11 +6,11 @@ import click
 
 from chatterbox_deploy import fleet
 from chatterbox_deploy.change import blueprint, draining, ledger
-from chatterbox_deploy.cli import telling
+from chatterbox_deploy.cli import mistakes, telling
 from chatterbox_deploy.host import LocalHost
 
 
-@click.command("drain")
+@click.command("drain", cls=mistakes.Command)
 @click.argument("instance", metavar="N")
 @click.option("--force", is_flag=True, help="Also when nobody else is in service.")
 def drain_command(*, instance: str, force: bool) -> None:
@@ -25,7 +25,7 @@ def drain_command(*, instance: str, force: bool) -> None:
     _set(instance, drained=True, force=force)
 
 
-@click.command("undrain")
+@click.command("undrain", cls=mistakes.Command)
 @click.argument("instance", metavar="N")
 def undrain_command(*, instance: str) -> None:
     """Put N back into the front.

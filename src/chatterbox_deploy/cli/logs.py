@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy import fleet, process, systemd
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FLEET_UNITS = (systemd.TARGET, systemd.FRONT_UNIT, systemd.NODES_UNIT, systemd.RECYCLE_UNIT, systemd.MONITOR_UNIT)
 
 
-@click.command("logs")
+@click.command("logs", cls=mistakes.Command)
 @arguments.INSTANCES
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("-n", "--lines", type=click.IntRange(min=0), help="The last so many lines.  [default: 100, or all since]")

@@ -23,7 +23,8 @@ from rich.live import Live
 
 from chatterbox_deploy import exposition
 from chatterbox_deploy.change.blueprint import want
-from chatterbox_deploy.cli import arguments, monitor_view, telling
+from chatterbox_deploy.cli import arguments, mistakes, monitor_view, outputs, telling
+from chatterbox_deploy.cli.outputs import Output
 from chatterbox_deploy.errors import CommandFailed, DeployError
 from chatterbox_deploy.gpu import nvml
 from chatterbox_deploy.host import LocalHost
@@ -50,7 +51,7 @@ def _read_limits(context: click.Context, parameter: click.Parameter, given: tupl
         raise click.BadParameter(str(error)) from None
 
 
-@click.command("monitor")
+@click.command("monitor", cls=mistakes.Command)
 @arguments.FLEET
 @click.option("--once", is_flag=True, help="Look twice, one interval apart, print what there is, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, or one a line for each look.")
@@ -104,6 +105,10 @@ def monitor_command(
     A dash is what is not known: without root, the front's log; without an NVIDIA driver, the GPUs. Changes
     nothing. With --once it exits 1 if something critical goes on.
     """
+    outputs.refuse(
+        [Output("--csv", csv_file), Output("--prometheus", textfile)],
+        {"FLEET": fleet_file, "--access-log": access_log},
+    )
     host = LocalHost()
     file = _FleetFile(host, fleet_file, own_templates)
     wanted = file.read()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy.change import deploy, image, ledger
-from chatterbox_deploy.cli import arguments, telling
+from chatterbox_deploy.cli import arguments, mistakes, telling
 from chatterbox_deploy.host import LocalHost
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ UNAVAILABLE = click.option(
 )
 
 
-@click.command("plan")
+@click.command("plan", cls=mistakes.Command)
 @arguments.FLEET
 @AS_JSON
 @UNAVAILABLE
@@ -45,7 +45,7 @@ def plan_command(*, fleet_file: Path, as_json: bool, max_unavailable: int, own_t
     show(deploy.propose(host, asked, max_unavailable=max_unavailable).plan, as_json=as_json)
 
 
-@click.command("apply")
+@click.command("apply", cls=mistakes.Command)
 @arguments.FLEET
 @click.option("--dry-run", is_flag=True, help="Only show the plan, as `plan` does.")
 @UNAVAILABLE

@@ -5,13 +5,13 @@ from __future__ import annotations
 import click
 
 from chatterbox_deploy.change import blueprint, deploy, ledger, recycling
-from chatterbox_deploy.cli import telling
+from chatterbox_deploy.cli import mistakes, telling
 from chatterbox_deploy.cli.plan import change
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
 
-@click.command("recycle")
+@click.command("recycle", cls=mistakes.Command)
 def recycle_command() -> None:
     """Restart, without losing a request, each instance past the age or memory that the fleet file sets.
 

@@ -13,7 +13,7 @@ import click
 from chatterbox_deploy import render, systemd
 from chatterbox_deploy.change import difference, ledger, observe
 from chatterbox_deploy.change.blueprint import want
-from chatterbox_deploy.cli import arguments, telling
+from chatterbox_deploy.cli import arguments, mistakes, telling
 from chatterbox_deploy.errors import CommandFailed, ForeignFile
 from chatterbox_deploy.host import LocalHost
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.fleet import Fleet
 
 
-@click.command("render")
+@click.command("render", cls=mistakes.Command)
 @arguments.FLEET
 @click.option(
     "--output",

@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 import click
 
 from chatterbox_deploy.change import blueprint, deploy, ledger
-from chatterbox_deploy.cli import telling
+from chatterbox_deploy.cli import mistakes, telling
 from chatterbox_deploy.cli.plan import AS_JSON, UNAVAILABLE, change
 from chatterbox_deploy.host import LocalHost
 
 
-@click.command("rollback")
+@click.command("rollback", cls=mistakes.Command)
 @click.argument("number", metavar="[REVISION]", type=int, required=False)
 @UNAVAILABLE
 def rollback_command(*, number: int | None, max_unavailable: int) -> None:
@@ -39,7 +39,7 @@ def rollback_command(*, number: int | None, max_unavailable: int) -> None:
         click.echo(f"note: {asked.source} says something else, and the next `apply` does it", err=True)
 
 
-@click.command("history")
+@click.command("history", cls=mistakes.Command)
 @AS_JSON
 def history_command(*, as_json: bool) -> None:
     """List the revisions that were applied here; * is the one that serves.

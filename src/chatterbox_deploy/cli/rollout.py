@@ -9,14 +9,14 @@ import click
 
 from chatterbox_deploy import fleet
 from chatterbox_deploy.change import blueprint, deploy, ledger
-from chatterbox_deploy.cli import arguments, telling
+from chatterbox_deploy.cli import arguments, mistakes, telling
 from chatterbox_deploy.cli.plan import UNAVAILABLE, change
 from chatterbox_deploy.config import tables
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
 
-@click.command("rollout")
+@click.command("rollout", cls=mistakes.Command)
 @arguments.FLEET
 @click.option("--gpu", "only", metavar="N", help="Only the instances on this GPU, or this instance (gpu1-a).")
 @click.option("--version", "version", metavar="NAME", help=f"First turn to this version below {tables.VERSIONS_DIR}.")

@@ -6,10 +6,11 @@ import json
 
 import click
 
+from chatterbox_deploy.cli import mistakes
 from chatterbox_deploy.config import tables
 
 
-@click.command("schema")
+@click.command("schema", cls=mistakes.Command)
 def schema_command() -> None:
     """Print the JSON Schema of fleet.toml, for editors that complete and check as you type.
 

@@ -8,7 +8,7 @@ import click
 
 from chatterbox_deploy import fleet, render, systemd
 from chatterbox_deploy.change import apply
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
@@ -23,7 +23,7 @@ _MARGIN_S = 120
 """For what systemd does beside starting an instance: device nodes, nginx."""
 
 
-@click.command("start")
+@click.command("start", cls=mistakes.Command)
 @arguments.INSTANCES
 @arguments.FLEET_OPTION
 def start_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
@@ -39,7 +39,7 @@ def start_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
     _start(LocalHost(), "start", resolved, chosen, whole=not who)
 
 
-@click.command("stop")
+@click.command("stop", cls=mistakes.Command)
 @arguments.INSTANCES
 @arguments.FLEET_OPTION
 def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
@@ -65,7 +65,7 @@ def stop_command(*, who: tuple[str, ...], fleet_file: Path) -> None:
     click.echo(f"stopped {_listed(chosen)}", err=True)
 
 
-@click.command("restart")
+@click.command("restart", cls=mistakes.Command)
 @arguments.INSTANCES
 @arguments.FLEET_OPTION
 def restart_command(*, who: tuple[str, ...], fleet_file: Path) -> None:

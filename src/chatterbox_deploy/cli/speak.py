@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from chatterbox_deploy import client, fleet
-from chatterbox_deploy.cli import arguments, speaking, telling
-from chatterbox_deploy.errors import CommandFailed, ManuscriptError
+from chatterbox_deploy.cli import arguments, mistakes, outputs, speaking, telling
+from chatterbox_deploy.cli.outputs import Output
+from chatterbox_deploy.errors import CommandFailed, CommandLineError, FleetFileError, ManuscriptError
 from chatterbox_deploy.speak import narration
 from chatterbox_deploy.speak.formats import FORMATS
 from chatterbox_deploy.speak.narration import Manner
@@ -56,7 +57,7 @@ class _Asked:
     as_json: bool
 
 
-@click.command("speak")
+@click.command("speak", cls=mistakes.Command)
 @click.argument("book", metavar="BOOK", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help=f"{_SUFFIXES}.")
 @click.option("--voice", help="Name of a voice.  [default: the server's]")
@@ -87,7 +88,7 @@ class _Asked:
 )
 @click.option("--parts", "parts_dir", type=click.Path(file_okay=False, path_type=Path), help="[default: OUTPUT.parts]")
 @click.option("--keep-parts", is_flag=True, help="Do not remove them at the end: a changed text is then done soon.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT and the subtitles where they are there already.")
 @click.option("--dry-run", is_flag=True, help="Print chapters and pieces, and ask nobody.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON object: the summary, or with --dry-run the chapters."
@@ -126,7 +127,7 @@ def speak_command(book: str, **options: Any) -> None:
         told = json.dumps(asdict(text), indent=2, ensure_ascii=False)
         click.echo(told if asked.as_json else speaking.outline(text, title))
         return
-    output = _output(book, asked)
+    output, front, in_flight = _settled(book, asked)
     goal = production.Goal(
         output=output,
         subtitles=asked.subtitles_file,
@@ -135,7 +136,6 @@ def speak_command(book: str, **options: Any) -> None:
         loudness_lufs=asked.loudness_lufs,
         keep_parts=asked.keep_parts,
     )
-    front, in_flight = _front(asked)
     parts = Parts(asked.parts_dir or output.with_name(f"{output.name}.parts"))
     manner = Manner(**{field.name: getattr(asked, field.name) for field in fields(Manner)})
     with telling.saying_when_interrupted(lambda: production.how_to_go_on(parts)), parts.held(telling.author().command):
@@ -159,25 +159,35 @@ def _is_markdown(book: str) -> bool:
     return Path(book).suffix.lower() in {".md", ".markdown"}
 
 
-def _output(book: str, asked: _Asked) -> Path:
-    """Where to; nothing that is there is in the way."""
-    if (output := asked.output) is None:
-        msg = f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b"
-        raise click.UsageError(msg)
-    if output.suffix.lower() not in FORMATS:
-        msg = f"{output.name} should end in {_SUFFIXES}: that says the format"
-        raise click.BadParameter(msg, param_hint="--output")
-    if asked.subtitles_file is not None and asked.subtitles_file.absolute() == output.absolute():
-        msg = "is OUTPUT itself; give it a name of its own, such as book.srt"
-        raise click.BadParameter(msg, param_hint="--subtitles")
-    for path in filter(None, (output, asked.subtitles_file)):
-        if not path.absolute().parent.is_dir():
-            msg = f"{path}: there is no such directory"
-            raise click.UsageError(msg)
-        if path.exists() and not asked.overwrite:
-            msg = f"{path} is there already; --overwrite replaces it"
-            raise click.UsageError(msg)
-    return output
+def _settled(book: str, asked: _Asked) -> tuple[Path, Front, int | None]:
+    """Where to, whom to ask, and how much at once; nothing that is there is in the way, or would be lost.
+
+    Raises:
+        CommandLineError: with every problem of the command line and the fleet file.
+    """
+    stays = not asked.overwrite
+    found = outputs.problems(
+        [Output("--output", asked.output, stays), Output("--subtitles", asked.subtitles_file, stays)],
+        {
+            "BOOK": None if book == "-" else book,
+            "the fleet file": asked.fleet_file,
+            "the key file": None if asked.api_key_file is None else asked.api_key_file.name,
+        },
+    )
+    if asked.output is None:
+        found.append(f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b")
+    elif asked.output.suffix.lower() not in FORMATS:
+        found.append(f"--output: {asked.output.name} should end in {_SUFFIXES}: that says the format")
+    front: tuple[Front, int | None] | None = None
+    try:
+        front = _front(asked)
+    except click.UsageError as error:
+        found.append(mistakes.text(error))
+    except FleetFileError as error:
+        found += [f"{asked.fleet_file}: {problem}" for problem in error.problems]
+    if found or asked.output is None or front is None:
+        raise CommandLineError(found)
+    return asked.output, *front
 
 
 def _front(asked: _Asked) -> tuple[Front, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
-from chatterbox_deploy.speak.tally import count
+from chatterbox_deploy.speak.tally import clock, count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from chatterbox_deploy.speak.sending import Tell
     from chatterbox_deploy.speak.tally import Tally
     from chatterbox_deploy.speak.wav import Sound
+
+LONG_S = 3.0
+"""Silence after which somebody wonders whether anything goes on."""
 
 _REQUEST_ID = re.compile(r" ?\(request id [^)]*\)")
 
@@ -73,12 +77,20 @@ class Show:
             yield _Watch(counts, progress)
 
     @contextmanager
-    def writing(self, name: str, duration_s: float) -> Iterator[Callable[[float], None]]:
-        """As ``production.Show``."""
-        progress = self._bar(TextColumn(f"writing {escape(name)}"))
+    def writing(self, doing: str, duration_s: float) -> Iterator[Callable[[float], None]]:
+        """As ``production.Show``; where there is no bar, a line once it takes long."""
+        progress = self._bar(TextColumn(escape(doing)))
         task = progress.add_task("", total=duration_s)
+        lines = [] if self._console.is_terminal else [f"{doing}: {clock(duration_s)} of sound"]
+        begun_s = time.monotonic()
+
+        def on_way(written_s: float) -> None:
+            progress.update(task, completed=written_s)
+            if lines and time.monotonic() - begun_s > LONG_S:
+                self._console.print(Text(lines.pop()), soft_wrap=True)
+
         with progress:
-            yield lambda written_s: progress.update(task, completed=written_s)
+            yield on_way
 
     def _bar(self, says: ProgressColumn) -> Progress:
         live = self._console.is_terminal

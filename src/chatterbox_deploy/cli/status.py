@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chatterbox_deploy.change.blueprint import want
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 from chatterbox_deploy.host import LocalHost
 from chatterbox_deploy.status import rows
 from chatterbox_deploy.status.survey import survey
@@ -35,7 +35,7 @@ _WRONG_WIDTH = 40
 """Cells below which what is wrong has no column of its own, but lines below the table."""
 
 
-@click.command("status")
+@click.command("status", cls=mistakes.Command)
 @arguments.FLEET
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object with what the table was made from.")
 @arguments.TEMPLATES

@@ -5,12 +5,12 @@ from __future__ import annotations
 import click
 
 from chatterbox_deploy.change import ledger, removal
-from chatterbox_deploy.cli import telling
+from chatterbox_deploy.cli import mistakes, telling
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
 
-@click.command("uninstall")
+@click.command("uninstall", cls=mistakes.Command)
 @click.option("--purge", is_flag=True, help="Also remove voices, weights, logs, versions and the history.")
 @click.option("--force", is_flag=True, help="Also remove files of ours that were edited by hand.")
 @click.option("--yes", is_flag=True, help="Do not ask before --purge.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from chatterbox_deploy import fleet, render, up
-from chatterbox_deploy.cli import arguments
+from chatterbox_deploy.cli import arguments, mistakes
 from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.host import LocalHost
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _COLOURS = ("cyan", "magenta", "blue", "green", "yellow", "bright_cyan", "bright_magenta", "bright_blue")
 
 
-@click.command("up")
+@click.command("up", cls=mistakes.Command)
 @arguments.FLEET
 @arguments.TEMPLATES
 def up_command(*, fleet_file: Path, own_templates: Path | None) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy.config.values import placeholders, split_listen
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from chatterbox_deploy.config.tables import FleetConfig, ServerConfig
 
 # Keys of [server] that mean something to a server of the operator's own.
@@ -17,6 +19,23 @@ _KEYS_FOR_ANY_SERVER = frozenset(
 
 def find(config: FleetConfig) -> list[str]:
     """Rules that span more than one key."""
+    return [*shared_ports(config.ports()), *others(config)]
+
+
+def shared_ports(ports: Iterable[tuple[str, int]]) -> list[str]:
+    """Ports that are there twice, of all in [gpus], by GPU; once for each place where one is too many."""
+    found: list[str] = []
+    owner: dict[int, str] = {}
+    for gpu, port in ports:
+        if port in owner:
+            there = "there twice" if owner[port] == gpu else f"already used by gpus.{owner[port]}"
+            found.append(f"gpus.{gpu}: port {port} is {there}")
+        owner.setdefault(port, gpu)
+    return list(dict.fromkeys(found))
+
+
+def others(config: FleetConfig) -> list[str]:
+    """All rules but that of ``shared_ports``."""
     return [
         *_gpu_conflicts(config),
         *_listen_conflicts(config),
@@ -44,22 +63,18 @@ def _fast_conflicts(config: FleetConfig) -> list[str]:
 
 def _gpu_conflicts(config: FleetConfig) -> list[str]:
     problems: list[str] = []
-    port_owner: dict[int, str] = {}
-    for gpu, port in config.ports():
-        if port in port_owner:
-            problems.append(f"gpus.{gpu}: port {port} is already used by gpus.{port_owner[port]}")
-        port_owner.setdefault(port, gpu)
-    gpu_owner: dict[str, str] = {}
+    owner: dict[str, str] = {}
     for key in config.gpus:
-        for gpu in key.split(","):
-            if gpu in gpu_owner:
+        named = key.split(",")
+        if len(set(named)) < len(named):
+            problems.append(f"gpus.{key}: GPU {named[0]} is named twice")
+        for gpu in dict.fromkeys(named):
+            if gpu in owner:
                 problems.append(
-                    f"gpus.{key}: GPU {gpu} is named twice"
-                    if gpu_owner[gpu] == key
-                    else f"gpus.{key}: GPU {gpu} is already used by gpus.{gpu_owner[gpu]}; "
+                    f"gpus.{key}: GPU {gpu} is already used by gpus.{owner[gpu]}; "
                     "to share a GPU give it a list of ports"
                 )
-            gpu_owner.setdefault(gpu, key)
+            owner.setdefault(gpu, key)
         problems.extend(_pair_conflicts(key))
     return problems
 

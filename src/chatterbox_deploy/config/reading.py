@@ -32,15 +32,26 @@ def load(text: str, *, source: str) -> FleetConfig:
         config = FleetConfig.model_validate(raw)
     except ValidationError as error:
         problems = [_field_problem(dict(detail)) for detail in error.errors()]
+        problems += conflicts.shared_ports(_ports(raw))
         # What remains may still contradict itself: report that too, or the operator meets it on the next run.
         for detail in error.errors():
             _drop(raw, tuple(detail["loc"]))
         with suppress(ValidationError):
-            problems += conflicts.find(FleetConfig.model_validate(raw))
+            problems += conflicts.others(FleetConfig.model_validate(raw))
         raise FleetFileError(source, problems) from None
     if problems := conflicts.find(config):
         raise FleetFileError(source, problems)
     return config
+
+
+def _ports(raw: dict[str, Any]) -> list[tuple[str, int]]:
+    """Key and port, as far as they are there, of a file with something wrong in it: perhaps with just these."""
+    gpus = raw.get("gpus")
+    listed = (
+        (key, ports if isinstance(ports, list) else [ports])
+        for key, ports in (gpus.items() if isinstance(gpus, dict) else ())
+    )
+    return [(_printed(key), port) for key, ports in listed for port in ports if type(port) is int]
 
 
 def _syntax_problem(text: str, said: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from chatterbox_deploy.gpu.cards import Card, Process
 
@@ -19,6 +19,16 @@ UNEXPLAINED_BYTES = 2**30
 def mebibytes(size_bytes: int) -> str:
     """``9,126 MiB``, as nvidia-smi counts."""
     return f"{size_bytes / 2**20:,.0f} MiB"
+
+
+def named(indices: Sequence[str]) -> str:
+    """``GPU 0``, ``GPUs 0 and 1``, ``GPUs 0, 1 and 2``."""
+    return f"GPU{'s' * (len(indices) > 1)} {listed(indices)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([part for part in (", ".join(names[:-1]), *names[-1:]) if part])
 
 
 def is_usable(card: Card) -> bool:

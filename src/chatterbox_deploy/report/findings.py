@@ -76,7 +76,7 @@ def _gpu_not_here(situation: Situation) -> Iterator[Finding]:
         yield Finding(
             name="gpu-not-here",
             severity="high",
-            what=f"{file.path} is for GPU {' and '.join(missing)}, which this machine has not got",
+            what=f"{file.path} is for {usage.named(missing)}, which this machine has not got",
             evidence=(f"known here: {known} (by {situation.told_by})",),
             remedy="`nvidia-smi -L` lists the GPUs by number and UUID; if one is missing there, dmesg(1) may say why",
         )
@@ -182,7 +182,7 @@ def _cpu_bound(situation: Situation) -> Iterator[Finding]:
         name="cpu-bound-beside-idle-gpu",
         severity="high",
         what=f"{_who(hungry[0])} computes on the CPU{f', and {len(hungry) - 1} more do' if len(hungry) > 1 else ''}, "
-        f"while GPU {' and '.join(idle)} {'is' if len(idle) == 1 else 'are'} idle",
+        f"while {usage.named(idle)} {'is' if len(idle) == 1 else 'are'} idle",
         gpus=tuple(idle),
         evidence=tuple(f"{_who(each)}: {each.cpu_cores:.1f} cores, no GPU memory" for each in hungry),
         remedy='is torch a CPU build (`python -c "import torch; print(torch.version.cuda)"`), or its device "cpu"?',
@@ -319,7 +319,7 @@ def _tf32_off(situation: Situation) -> Iterator[Finding]:
         yield Finding(
             name="tf32-off",
             severity="low",
-            what=f"{' and '.join(off)} {'multiplies' if len(off) == 1 else 'multiply'} matrices without TF32",
+            what=f"{usage.listed(off)} {'multiplies' if len(off) == 1 else 'multiply'} matrices without TF32",
             evidence=tuple(f"{name}: /readyz says tf32.matmul false" for name in off),
             remedy="server.tf32 = true; of the stock engine at one request a time it was measured to change little "
             "(scripts/gpu/stock_server_sweep.txt)",

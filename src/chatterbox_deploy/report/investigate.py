@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from chatterbox_deploy import nginx, render, systemd
 from chatterbox_deploy.change import observe
 from chatterbox_deploy.errors import CaptureError, CommandFailed
-from chatterbox_deploy.gpu import nvml, smi
+from chatterbox_deploy.gpu import nvml, smi, usage
 from chatterbox_deploy.report import pins, proc, situation
 from chatterbox_deploy.report.situation import Pin, Program, Situation, short_name
 from chatterbox_deploy.status.survey import ANSWER_TIMEOUT_S
@@ -114,7 +114,7 @@ def _unseen(
     yield from situation.unanswering(found)
     blind = [card.index for card in found if card.processes is None and card.uuid]
     if blind:
-        yield f"the processes on GPU {' and '.join(blind)}: the driver does not tell"
+        yield f"the processes on {usage.named(blind)}: the driver does not tell"
     known = list(programs)
     hidden = [str(each.pid) for each in known if not each.command]
     if hidden:
@@ -279,7 +279,7 @@ def _end_of(host: Host, path: str) -> bytes | None:
 
 
 def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:
-    """Of our own instances that answer, and that have a GPU."""
+    """Of our own instances that answer, have a GPU, and heed the setting."""
     if not file.fleet.service.speaks_notify:
         return {}
 
@@ -295,7 +295,10 @@ def _tf32(host: Host, file: FleetFile) -> dict[str, bool]:
 
 def _says_tf32(body: bytes) -> bool | None:
     try:
-        on = json.loads(body)["facts"]["tf32"]["matmul"]
-    except (ValueError, LookupError, TypeError):
+        said = json.loads(body)
+        on = said["facts"]["tf32"]["matmul"]
+        # The fast engine is exact where it is not in 16 bits, whatever server.tf32 says (docs/fast.md).
+        heeded = said.get("engine") != "fast"
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    return on if isinstance(on, bool) else None
+    return on if isinstance(on, bool) and heeded else None

@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
     if report.proposal is not None:
         sections.append(f"## Proposal\n\n{_proposal(report.proposal)}")
     if situation.unseen:
-        sections.append("## Not looked at\n\n" + "\n".join(f"- {_plain(each)}" for each in situation.unseen))
+        sections.append("## Not looked at\n\n" + "\n".join(f"- {_prose(each)}" for each in situation.unseen))
     return "\n\n".join(section.rstrip() for section in sections) + "\n"
 
 
@@ -126,8 +126,8 @@ def _requests(report: Report) -> list[list[str]]:
 
 
 def _finding(finding: Finding) -> str:
-    head = f"- **{finding.severity}** · {_plain(finding.what)} (`{finding.name}`)"
-    evidence = (f"  - {_plain(each)}" for each in finding.evidence)
+    head = f"- **{finding.severity}** · {_prose(finding.what)} (`{finding.name}`)"
+    evidence = (f"  - {_prose(each)}" for each in finding.evidence)
     return "\n".join([head, *evidence, f"  - → {finding.remedy}", ""])
 
 
@@ -186,10 +186,21 @@ def _code(lines: Iterable[str], language: str) -> Iterator[str]:
     yield "```"
 
 
+def _prose(text: str) -> str:
+    """As ``_plain``, but for what stands between two backticks: that is a command of ours, or harmless as one."""
+    return "".join(part if _CODE.fullmatch(part) else _plain(part) for part in _CODE.split(_printable(text)))
+
+
+_CODE = re.compile(r"(`[^`]+`)")
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def _plain(text: str) -> str:
     """On one line, with no meaning to Markdown: names of processes and lines of code are other people's."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", printable)
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", _printable(text))
 
 
 def _table(rows: Sequence[Sequence[str]], *, right_from: int) -> str:

@@ -63,7 +63,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     return [
         ("GPU memory in use", "-" if report.used_percent is None else f"{report.used_percent:.1f} %", memory),
         ("idle GPUs", f"{idle}", f"of {len(report.gpus)}"),
-        ("findings", f"{len(report.findings)}", f"{high} of them grave"),
+        (
+            "findings",
+            f"{len(report.findings)}",
+            f"{high} of them grave" if len(report.findings) != 1 else "grave" * high,
+        ),
         ("proposed gain", gain, of),
     ]
 

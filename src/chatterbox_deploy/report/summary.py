@@ -96,14 +96,17 @@ class Report:
         """All of it in a sentence or two."""
         idle = sum(gpu.idle for gpu in self.gpus)
         capacity = "" if self.used_percent is None else f", {self.used_percent:.1f} % of all GPU memory in use"
-        gpus = f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}, {idle or 'none'} of them idle{capacity}."
+        resting = f"{idle or 'none'} of them idle" if len(self.gpus) > 1 else "idle" if idle else "at work"
+        gpus = f"{len(self.gpus)} GPU{'s' * (len(self.gpus) != 1)}, {resting}{capacity}."
         if not self.gpus:
             gpus = f"No GPU is known here (asked: {self.situation.told_by})."
         if not self.findings:
             return f"{gpus} Nothing is wrong that was looked at."
         high = sum(finding.severity == "high" for finding in self.findings)
-        count = f"{len(self.findings)} finding{'s' * (len(self.findings) != 1)}"
-        said = f"{gpus} {count}{f', {high} of them grave' if high else ''}."
+        count = f"{len(self.findings)} findings{f', {high} of them grave' if high else ''}"
+        if len(self.findings) == 1:
+            count = f"1 {'grave ' * high}finding"
+        said = f"{gpus} {count}."
         if self.proposal is not None and self.proposal.gain is not None and self.proposal.gain > 1:
             said += f" The proposed fleet.toml brings {self.proposal.gain:.2f} times the sound per second, as reckoned."
         return said

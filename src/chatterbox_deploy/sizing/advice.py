@@ -156,7 +156,8 @@ def advise(
     each = round(profile.gpu_memory_bytes * GROWTH)
     cores_each = _cores_each(seen)
     holds = None if memory_bytes is None else memory_bytes // each
-    carry = int(max(0.0, cores - RESERVED_CORES) / cores_each)
+    # A GPU is worth one instance however few the cores: it is slower where it has no whole one, and reckoned so.
+    carry = max(1, int((cores - RESERVED_CORES) / cores_each))
     measured_up_to = max(point.replicas for point in seen.points)
     demands = {mps: _demand(profile, seen, mps=mps) for mps in (False, True)}
     base = rate(demands[False], 1)

@@ -119,8 +119,14 @@ def timeline(
     return Timeline(sample_rate_hz, tuple(chapters), tuple(cues))
 
 
+FAST_AT_ONCE = 16
+"""Utterances that an instance of the fast engine is taken to speak at once where ``server.max_batch`` leaves it to the
+GPU's memory: how many those are, no route of it tells. Most of the gain is there by then (docs/fast.md, "Measured"),
+and a small card is not sent what it would only send away (503), to be asked for again."""
+
+
 def in_flight(config: FleetConfig) -> int:
-    """Requests that keep all instances of the fleet busy: in each one that is spoken and one that is next.
+    """Requests that keep all instances of the fleet busy: in each all that it speaks at once, and one that is next.
 
     An instance that begins a piece before the last one is done (``server.pipeline``) has one more. Never more than
     the queues hold.
@@ -129,5 +135,8 @@ def in_flight(config: FleetConfig) -> int:
     ahead = 0
     for key, ports in config.gpus.items():
         pipelined = server.pipeline == "on" or (server.pipeline == "auto" and "," in key)
-        ahead += (len(ports) if isinstance(ports, list) else 1) * min(3 if pipelined else 2, 1 + server.queue_size)
+        each = min(3 if pipelined else 2, 1 + server.queue_size)
+        if server.engine == "fast":
+            each = (server.max_batch or FAST_AT_ONCE) + min(1, server.queue_size)
+        ahead += (len(ports) if isinstance(ports, list) else 1) * each
     return ahead

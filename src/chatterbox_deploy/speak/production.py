@@ -45,8 +45,8 @@ class Show(Protocol):
         """Whatever it hears, it counts in ``counts``."""
         ...
 
-    def writing(self, name: str, duration_s: float) -> AbstractContextManager[Callable[[float], None]]:
-        """Hears how many seconds of sound are written."""
+    def writing(self, doing: str, duration_s: float) -> AbstractContextManager[Callable[[float], None]]:
+        """Hears how many seconds of sound are written; ``doing`` is that in words."""
         ...
 
 
@@ -133,7 +133,10 @@ def _write(
     tags = {"title": goal.title, "album": goal.title, "genre": "Audiobook"}
     if goal.author is not None:
         tags["artist"] = goal.author
-    with show.writing(goal.output.name, whole.duration_s) as on_way:
+    doing = f"writing {goal.output.name}"
+    if goal.loudness_lufs is not None:
+        doing = f"evening out to {goal.loudness_lufs:g} LUFS and {doing}"
+    with show.writing(doing, whole.duration_s) as on_way:
         while not binder.wait(0.1):
             on_way(binder.written_s)
         binder.finish(whole.chapters, tags)

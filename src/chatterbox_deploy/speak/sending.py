@@ -40,6 +40,8 @@ class Front:
     """Longest silence before an answer, or within it."""
     verify: bool = True
     """Whether its TLS certificate has to bear the name in ``url``."""
+    here: bool = False
+    """Whether it is that of a fleet file, of which ``status`` tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def local_front(fleet: Fleet, key: str | None) -> Front:
         answer_s=2.0 * fleet.front.read_timeout_s + 10,
         # This machine is asked by its address; whose name the certificate bears is for clients to judge.
         verify=False,
+        here=True,
     )
 
 
@@ -157,7 +160,8 @@ async def _get(session: aiohttp.ClientSession, front: Front, path: str) -> Any:
                 return None
             return json.loads(await response.read())
     except (aiohttp.ClientConnectorError, aiohttp.InvalidURL) as error:
-        msg = f"cannot reach {front.url}: {client.why(error)}; does the fleet run? `chatterbox-deploy status`"
+        hint = "; does the fleet run? `chatterbox-deploy status`" if front.here else ""
+        msg = f"cannot reach {front.url}: {client.why(error)}{hint}"
         raise CommandFailed(msg) from None
     except (aiohttp.ClientError, TimeoutError, ValueError):
         return None

@@ -97,7 +97,7 @@ class Summary:
         }
 
     def line(self) -> str:
-        """One sentence: how long, how fast, and who spoke it."""
+        """One sentence: how long, how fast, who spoke it, and how long all of it took."""
         tally = self.tally
         said = [
             f"{self.file}: {clock(self.duration_s)} of sound in {count(self.chapters, 'chapter')} and "
@@ -105,9 +105,8 @@ class Summary:
         ]
         if tally.done:
             real_time = self._real_time()
-            took = f"{self.speaking_s:.1f} s" if self.speaking_s < 60 else clock(self.speaking_s)
             said.append(
-                f"{clock(tally.audio_s)} spoken in {took}"
+                f"{clock(tally.audio_s)} spoken in {_took(self.speaking_s)}"
                 + (f", {real_time:.1f} times as fast as it sounds" if real_time else "")
             )
             audio_s = tally.audio_s or 1.0
@@ -121,10 +120,15 @@ class Summary:
             said.append(f"{count(tally.kept, 'piece')} kept from before")
         if tally.retries:
             said.append(f"{tally.retries} asked again")
+        said.append(f"{_took(self.wall_s)} in all")
         return "; ".join(said)
 
     def _real_time(self) -> float | None:
         return self.tally.audio_s / self.speaking_s if self.tally.done and self.speaking_s > 0 else None
+
+
+def _took(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
 
 
 def clock(seconds: float) -> str:

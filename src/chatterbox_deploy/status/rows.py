@@ -50,7 +50,8 @@ class Row:
     @property
     def serves(self) -> bool:
         """Whether it gets requests and would speak them, as far as can be known."""
-        active = self.unit is None or self.unit.startswith("active/")
+        by_itself = self.unit == "not installed" and self.ready == "ready"
+        active = self.unit is None or self.unit.startswith("active/") or by_itself
         return active and self.ready in {None, "ready"} and self.front in {None, "serving"}
 
 
@@ -119,6 +120,7 @@ def report(
     texts = {file.path.name: file.text for file in wanted}
     instances = {instance.name: instance for instance in fleet.instances}
     loaded = () if found.units is None else found.units
+    by_hand = _by_hand(fleet, found)
     rows: list[Row] = []
     for name, unit_name in instance_units(fleet, found.texts, loaded).items():
         seen = _Seen(
@@ -131,6 +133,7 @@ def report(
             found=found,
             wanted_text=texts.get(unit_name),
             listed=listed.get(name),
+            by_hand=by_hand,
         )
         rows.append(seen.row())
     return Report(
@@ -138,8 +141,29 @@ def report(
         nginx=None if found.units is None else found.units.get(systemd.NGINX_UNIT, Unit()).active,
         listen=fleet.front.listen,
         front_answers=found.front_answers,
-        wrong=tuple(_wrong_with_the_fleet(fleet, _as_listed(wanted, front_text, front), found)),
+        wrong=tuple(
+            _wrong_by_hand(fleet, found)
+            if by_hand
+            else _wrong_with_the_fleet(fleet, _as_listed(wanted, front_text, front), found)
+        ),
     )
+
+
+def _by_hand(fleet: Fleet, found: Found) -> bool:
+    """Whether the fleet runs as ``up`` has it: instances answer, and not one of them is installed."""
+    names = [systemd.unit_name(instance.name) for instance in fleet.instances]
+    loaded = [unit for name in names if (unit := (found.units or {}).get(name)) is not None and unit.state is not None]
+    there = [name for name in names if found.texts.get(render.UNIT_DIR / name, "") is not None]
+    return not loaded and not there and any(found.readiness.get(instance.name) for instance in fleet.instances)
+
+
+def _wrong_by_hand(fleet: Fleet, found: Found) -> list[str]:
+    wrong = [
+        f"nothing is installed: it runs by `chatterbox-deploy up`, or by hand, until that ends; to install it: {APPLY}"
+    ]
+    if found.front_answers is False:
+        wrong.append(f"the front does not answer on {fleet.front.listen}")
+    return wrong
 
 
 def _as_listed(
@@ -167,6 +191,8 @@ class _Seen:
     found: Found
     wanted_text: str | None
     listed: Upstream | None
+    by_hand: bool
+    """Whether the fleet runs without its units."""
 
     def row(self) -> Row:
         unit, readiness = self.unit, self._readiness()
@@ -207,6 +233,8 @@ class _Seen:
 
     def _somebody_else(self) -> bool:
         said = self.found.readiness.get(self.name)
+        if self.by_hand:
+            return False
         return said is not None and self.unit is not None and said.invocation_id != self.unit.invocation_id
 
     def _ready(self) -> str | None:
@@ -218,7 +246,8 @@ class _Seen:
         if render.FRONT_PATH not in self.found.texts:
             return None
         if self.listed is None:
-            return "not listed"
+            # `up` has an nginx of its own.
+            return None if self.by_hand else "not listed"
         if self.listed.leaving:
             return "leaving"
         return "drained" if self.listed.drained else "serving"
@@ -226,6 +255,8 @@ class _Seen:
     def _wrong(self) -> list[str]:
         if self.instance is None:
             return [f"the fleet file no longer names it: {APPLY}"]
+        if self._state() == "not installed" and self.by_hand:
+            return [] if self._ready() == "ready" else [f"{self._ready()}: look where it was started"]
         if self._state() == "not installed":
             return [f"not installed: {APPLY}"]
         text = self.found.texts.get(self.path)
