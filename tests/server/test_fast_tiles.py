@@ -98,6 +98,25 @@ def test_an_estimator_is_what_torch_makes_of_it(tiles: Any, models: Models) -> N
     assert apart(made[lengths.valid], right[lengths.valid]) < 1e-4
 
 
+def test_an_encoder_is_what_torch_makes_of_it(tiles: Any, models: Models) -> None:
+    import torch
+
+    from chatterbox_server.engines.fast.s3gen.encoder import Encoder
+
+    torch.manual_seed(1)
+    assert tiles
+    encoder = copy.deepcopy(models.lend("chatterbox").s3gen.flow.encoder)
+    for parameter in encoder.parameters():
+        parameter.data = parameter.data + some(*parameter.shape)
+    lengths, embedded = torch.tensor([70, 41, 1]), some(3, 70, 64)
+    with torch.inference_mode():
+        plain = Encoder(encoder, dtype=torch.float32, device="cpu")
+        ours = Encoder(encoder, dtype=torch.float32, device="cpu", kernels="triton")
+        made, right = ours(embedded, lengths), plain(embedded, lengths)
+    inside = torch.arange(140) < 2 * lengths[:, None]
+    assert apart(made[inside], right[inside]) < 1e-4
+
+
 @pytest.mark.parametrize("counts", [(150, 128, 1), (64, 0, 63)])
 def test_attention_is_what_torch_makes_of_it(counts: tuple[int, ...], tiles: Any) -> None:
     import torch
@@ -117,14 +136,17 @@ def test_attention_is_what_torch_makes_of_it(counts: tuple[int, ...], tiles: Any
         assert not row[-(-count // 64) * 64 :].any()
 
 
+@pytest.mark.parametrize("many", [1, 8192])
 @pytest.mark.parametrize("inputs", [64, 80, 128])
-def test_a_convolution_is_what_torch_makes_of_it(inputs: int, tiles: Any) -> None:
+def test_a_convolution_is_what_torch_makes_of_it(
+    inputs: int, many: int, tiles: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
 
     from chatterbox_server.engines.fast.s3gen.flow import _InTorch, _InTriton
 
     torch.manual_seed(1)
-    assert tiles
+    monkeypatch.setattr(tiles, "MANY_ROWS", many)
     x, first, norm = some(3, 37, inputs), (some(64, 3 * inputs), some(64)), (1 + some(64), some(64), 1e-5)
     for added in (some(64), some(3, 37, 64)):
         ours, plain = (made("mask").convolution(x, first, norm, added) for made in (_InTriton, _InTorch))

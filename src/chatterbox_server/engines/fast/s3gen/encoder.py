@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional
 
 from chatterbox_server.engine import EngineError
-from chatterbox_server.engines.fast.s3gen.layers import NEVER, Linear, Norm, windows
+from chatterbox_server.engines.fast.s3gen.layers import NEVER, Kernels, Linear, Norm, windows
 
 
 class Encoder:
     """Of the package's ``UpsampleConformerEncoder`` as S3Gen configures it: no convolution module, no macaron."""
 
-    def __init__(self, encoder: Any, *, dtype: Any, device: Any) -> None:
+    def __init__(self, encoder: Any, *, dtype: Any, device: Any, kernels: Kernels = "torch") -> None:
         """``device`` is where the weights already are."""
         layers = [*encoder.encoders, *encoder.up_encoders]
         if any(layer.conv_module is not None or layer.feed_forward_macaron is not None for layer in layers):
@@ -29,8 +29,8 @@ class Encoder:
         self._stride = encoder.up_layer.stride
         self._enter = _Entrance(encoder.embed, dtype, device)
         self._enter_up = _Entrance(encoder.up_embed, dtype, device)
-        self._layers = [_Layer(layer, dtype) for layer in encoder.encoders]
-        self._up_layers = [_Layer(layer, dtype) for layer in encoder.up_encoders]
+        self._layers = [_Layer(layer, dtype, kernels) for layer in encoder.encoders]
+        self._up_layers = [_Layer(layer, dtype, kernels) for layer in encoder.up_encoders]
         self._after = Norm.of(encoder.after_norm, dtype)
 
     def __call__(self, embedded: Any, lengths: Any) -> Any:
@@ -42,20 +42,13 @@ class Encoder:
         x = x * valid[..., None]
         ahead = functional.leaky_relu(self._look(windows(x, 0, self._ahead)))
         x = self._settle(windows(ahead, 2)) + x
-        bias = _kept_out(valid, x.dtype)
         for layer in self._layers:
-            x = layer(x, positions, bias)
+            x = layer(x, positions, lengths)
         x = self._up(windows(x.repeat_interleave(self._stride, dim=1), 2 * self._stride))
         x, positions = self._enter_up(x)
-        bias = _kept_out(valid.repeat_interleave(self._stride, dim=1), x.dtype)
         for layer in self._up_layers:
-            x = layer(x, positions, bias)
+            x = layer(x, positions, lengths * self._stride)
         return self._after(x)
-
-
-def _kept_out(valid: Any, dtype: Any) -> Any:
-    """What is added to attention's scores: nothing can come from beyond a row's end."""
-    return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, NEVER)[:, None, None, :]
 
 
 class _Entrance:
@@ -80,8 +73,9 @@ class _Entrance:
 class _Layer:
     """Attention with relative positions, then a feed-forward, each over its input's norm."""
 
-    def __init__(self, layer: Any, dtype: Any) -> None:
+    def __init__(self, layer: Any, dtype: Any, kernels: Kernels) -> None:
         attention = layer.self_attn
+        self._attend = _attend_in_triton if kernels == "triton" else _attend
         self._heads = attention.h
         self._scale = 1 / math.sqrt(attention.d_k)
         self._norm_1, self._norm_2 = Norm.of(layer.norm_mha, dtype), Norm.of(layer.norm_ff, dtype)
@@ -95,19 +89,32 @@ class _Layer:
         self._widen, self._narrow = Linear.of(layer.feed_forward.w_1, dtype), Linear.of(layer.feed_forward.w_2, dtype)
         self._activation = layer.feed_forward.activation
 
-    def __call__(self, x: Any, positions: Any, bias: Any) -> Any:
-        queries, keys, values = self._into(self._norm_1(x)).unflatten(-1, (3, self._heads, -1)).unbind(2)
+    def __call__(self, x: Any, positions: Any, lengths: Any) -> Any:
+        made = self._into(self._norm_1(x))
+        queries = made[..., : made.shape[-1] // 3].unflatten(-1, (self._heads, -1))
         places = self._places(positions).unflatten(-1, (self._heads, -1)).permute(1, 2, 0)
         scores = torch.matmul(((queries + self._place) * self._scale).transpose(1, 2), places)
-        attended = functional.scaled_dot_product_attention(
-            (queries + self._content).transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=_shifted(scores) + bias,
-            scale=self._scale,
-        )
-        x = x + self._out(attended.transpose(1, 2).flatten(2))
+        x = x + self._out(self._attend(made, self._content, scores, lengths))
         return x + self._narrow(self._activation(self._widen(self._norm_2(x))))
+
+
+def _attend(made: Any, content: Any, scores: Any, lengths: Any) -> Any:
+    """Queries, keys and values; what is added to the queries; scores by distance; where rows end."""
+    width = made.shape[1]
+    queries, keys, values = made.unflatten(-1, (3, *content.shape)).transpose(1, 3).unbind(2)
+    inside = torch.arange(width, device=lengths.device) < lengths[:, None]
+    # Nothing can come from beyond a row's end.
+    bias = torch.zeros_like(inside, dtype=made.dtype).masked_fill(~inside, NEVER)[:, None, None, :]
+    attended = functional.scaled_dot_product_attention(
+        queries + content[:, None], keys, values, attn_mask=_shifted(scores) + bias
+    )
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _attend_in_triton(made: Any, content: Any, scores: Any, lengths: Any) -> Any:
+    from chatterbox_server.engines.fast.s3gen import attention
+
+    return attention.attend(made, len(content), lengths, content, scores)
 
 
 def _shifted(scores: Any) -> Any:

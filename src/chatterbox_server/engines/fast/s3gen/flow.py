@@ -54,7 +54,9 @@ class Flow:
     ) -> None:
         weight = flow.input_embedding.weight
         self._embedding = weight.detach().to(encoder_dtype)
-        self._encoder = Encoder(flow.encoder, dtype=encoder_dtype, device=weight.device)
+        # In float32 as it is written.
+        of_encoder: Kernels = kernels if encoder_dtype == dtype else "torch"
+        self._encoder = Encoder(flow.encoder, dtype=encoder_dtype, device=weight.device, kernels=of_encoder)
         self._project = Linear.of(flow.encoder_proj, torch.float32)
         self._speaker = Linear.of(flow.spk_embed_affine_layer, torch.float32)
         self._guidance = None if meanflow else float(flow.decoder.inference_cfg_rate)
@@ -320,10 +322,7 @@ class _InTriton:
         from chatterbox_server.engines.fast.s3gen import tiles
 
         self._attention, self._tiles = attention, tiles
-        self.windows, self.mish = tiles.windows, tiles.norm_mish
-
-    def convolution(self, x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
-        return self.mish(functional.linear(self.windows(x), *first), norm, added)
+        self.windows, self.mish, self.convolution = tiles.windows, tiles.norm_mish, tiles.convolution
 
     def blocks(self, x: Any, lengths: Lengths, blocks: Blocks) -> Any:
         stream = x.flatten(0, 1)

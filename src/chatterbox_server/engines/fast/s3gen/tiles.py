@@ -1,8 +1,9 @@
 """What torch would do to a row of channels in several kernels, each of which reads and writes it anew: Triton in one.
 
-Products stay with cuBLAS, which was faster than ours at these sizes; the vocoder's convolutions are ours, for cuDNN's
-took nearly three times as long (scripts/gpu/fast_sound.txt). Sums are float32. What these compute ``flow`` and
-``vocoder`` compute in torch too, and tests/server/test_fast_tiles.py compares them.
+Products stay with cuBLAS, which was faster than ours at these sizes. Convolutions over many rows are ours: of the
+vocoder, for cuDNN's took nearly three times as long, and of the flow, whose windows cuBLAS wants side by side in memory
+(scripts/gpu/NOTES.md). Sums are float32. What these compute ``flow`` and ``vocoder`` compute in torch too, and
+tests/server/test_fast_tiles.py compares them.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional
 
 # ruff: noqa: PLR0917 (kernels take pointers and numbers, untyped and many)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,unused-ignore"
@@ -18,6 +20,8 @@ import triton.language as tl
 
 AT_ONCE = 8
 """Rows of a program that has no product."""
+MANY_ROWS = 8192
+"""From which on a convolution is one kernel of ours; with fewer, cuBLAS's product and two kernels around it win."""
 
 
 # -- the flow's ------------------------------------------------------------------------------------------------
@@ -53,6 +57,14 @@ def _norm(
     tl.store(out_at + at, normed.to(out_at.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _mish(x):
+    # x * tanh(log(1 + exp(x))), without the logarithm.
+    grown = tl.exp(tl.minimum(x, 20.0))
+    grown = grown * (grown + 2)
+    return x * (grown / (grown + 2))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _norm_mish(
     x_at,
@@ -71,10 +83,7 @@ def _norm_mish(
     inside = (row < rows)[:, None]
     at = row[:, None] * channels + channel[None, :]
     normed = _normed(tl.load(x_at + at, mask=inside, other=0.0).to(tl.float32), weight_at, bias_at, eps, channels)
-    # Mish: x * tanh(log(1 + exp(x))), without the logarithm.
-    grown = tl.exp(tl.minimum(normed, 20.0))
-    grown = grown * (grown + 2)
-    out = normed * (grown / (grown + 2))
+    out = _mish(normed)
     if for_all:
         out += tl.load(added_at + channel).to(tl.float32)[None, :]
     else:
@@ -93,6 +102,47 @@ def _windows(x_at, out_at, rows, width, channels: tl.constexpr, block: tl.conste
         tl.store(out_at + row[:, None] * (3 * channels) + tap * channels + channel[None, :], x, mask=inside)
 
 
+@triton.jit(do_not_specialize=["rows", "width"])
+def _convolved(
+    x_at,
+    taps_at,
+    taps_bias_at,
+    added_at,
+    out_at,
+    weight_at,
+    bias_at,
+    rows,
+    width,
+    eps,
+    inputs: tl.constexpr,
+    channels: tl.constexpr,
+    for_all: tl.constexpr,
+    block_m: tl.constexpr,
+    block_k: tl.constexpr,
+):
+    row = tl.program_id(0) * block_m + tl.arange(0, block_m)
+    channel = tl.arange(0, channels)
+    inside = row < rows
+    step, at = row % width, row.to(tl.int64)
+    each: tl.constexpr = inputs // block_k
+    sums = tl.zeros((block_m, channels), tl.float32)
+    for turn in range(3 * each):
+        tap = turn // each
+        some = (turn % each) * block_k + tl.arange(0, block_k)
+        heard = inside & (step + tap >= 2)
+        x = tl.load(x_at + (at + tap - 2)[:, None] * inputs + some[None, :], mask=heard[:, None], other=0.0)
+        taps = tl.load(taps_at + channel[None, :] * (3 * inputs) + (tap * inputs + some)[:, None])
+        sums = tl.dot(x, taps, sums, input_precision="ieee")
+    sums += tl.load(taps_bias_at + channel).to(tl.float32)[None, :]
+    out = _mish(_normed(sums, weight_at, bias_at, eps, channels))
+    where = at[:, None] * channels + channel[None, :]
+    if for_all:
+        out += tl.load(added_at + channel).to(tl.float32)[None, :]
+    else:
+        out += tl.load(added_at + where, mask=inside[:, None], other=0.0).to(tl.float32)
+    tl.store(out_at + where, out.to(out_at.dtype.element_ty), mask=inside[:, None])
+
+
 def norm(x: Any, norm: tuple[Any, ...], more: Any) -> Any:
     """torch's ``layer_norm`` of ``x + more``, the same (channels,) for all; ``norm`` is weight, bias, eps."""
     out, rows = torch.empty_like(x), x.shape[:-1].numel()
@@ -108,6 +158,21 @@ def norm_mish(x: Any, norm: tuple[Any, ...], added: Any) -> Any:
     _norm_mish[(triton.cdiv(rows, AT_ONCE),)](
         x, added, out, weight, bias, rows, eps, channels=x.shape[-1], for_all=added.dim() == 1, at_once=AT_ONCE
     )
+    return out
+
+
+def convolution(x: Any, first: tuple[Any, Any], norm: tuple[Any, ...], added: Any) -> Any:
+    """``norm_mish`` of a product with ``windows(x)``; ``first`` is its weight and bias."""
+    batch, width, inputs = x.shape
+    rows = batch * width
+    if rows < MANY_ROWS or inputs % 64:
+        return norm_mish(functional.linear(windows(x), *first), norm, added)
+    (taps, taps_bias), (weight, bias, eps) = first, norm
+    out = x.new_empty((batch, width, len(taps)))
+    _convolved[(triton.cdiv(rows, 64),)](
+        x, taps, taps_bias, added, out, weight, bias, rows, width, eps,
+        inputs=inputs, channels=len(taps), for_all=added.dim() == 1, block_m=64, block_k=64, num_warps=8, num_stages=3,
+    )  # fmt: skip
     return out
 
 
