@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from chatterbox_server import engines, logs, notify
 from chatterbox_server.app import create_app, lifetime
-from chatterbox_server.engine import Engine, EngineError, Refused
+from chatterbox_server.engine import Engine, EngineError, Refused, Unable
 from chatterbox_server.keys import Keys, KeysError
 from chatterbox_server.server import Server, end_process
 from chatterbox_server.settings import Settings, SettingsError
@@ -23,7 +23,7 @@ log = logging.getLogger("chatterbox_server")
 
 FAILED: Final = 1
 MISCONFIGURED: Final = 2
-"""The unit's RestartPreventExitStatus: starting again would read the same environment."""
+"""The unit's RestartPreventExitStatus: starting again would read the same environment, and miss the same package."""
 
 
 def main() -> int:
@@ -71,7 +71,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], load: Callable[[
             await server.serve()
     except (EngineError, Refused) as error:
         log.error("cannot start: %s", " ".join(str(error).split()))  # noqa: TRY400 (one clear line)
-        return FAILED
+        return MISCONFIGURED if isinstance(error, Unable) else FAILED
     except SystemExit:
         # uvicorn could not bind, and has said so; its status changes with its version.
         return FAILED

@@ -307,10 +307,37 @@ cannot start: the environment has 1 problem
     )
 
 
-def test_an_engine_that_cannot_load_is_exit_status_1_and_one_line() -> None:
-    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH="/nowhere")
+def test_an_engine_that_cannot_load_is_exit_status_1_and_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "espeak-ng"
+    broken.write_text("#!/bin/sh\necho no data >&2; exit 3\n")
+    broken.chmod(0o755)
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH=str(tmp_path))
     assert status == 1
+    assert said == "ERROR cannot start: cannot run espeak-ng: exit status 3: no data\n"
+
+
+def test_a_missing_program_is_exit_status_2_for_no_fresh_start_would_find_it() -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH="/nowhere")
+    assert status == 2
     assert said == "ERROR cannot start: cannot find espeak-ng: apt-get install espeak-ng\n"
+
+
+@pytest.mark.parametrize("engine", ["stock", "fast"])
+def test_a_missing_package_is_exit_status_2_for_no_fresh_start_would_find_it(engine: str, tmp_path: Path) -> None:
+    # The package that the engine imports first.
+    (tmp_path / "perth.py").write_text("raise ModuleNotFoundError(\"No module named 'perth'\")\n")
+    status, said = start_and_fail(CHATTERBOX_ENGINE=engine, CHATTERBOX_DEVICE="cpu", PYTHONPATH=str(tmp_path))
+    assert status == 2
+    assert said == (
+        "ERROR cannot start: cannot import chatterbox-tts (ModuleNotFoundError: No module named 'perth'); "
+        "in a checkout: pip install '.[server]'\n"
+    )
+
+
+def test_settings_that_no_engine_can_follow_are_exit_status_2() -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="fast", CUDA_VISIBLE_DEVICES="0,1")
+    assert status == 2
+    assert "cannot spread the fast engine over 2 GPUs" in said
 
 
 def test_a_port_that_is_taken_is_exit_status_1() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Unable, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -379,14 +379,14 @@ def load(settings: Settings, unfit: Callable[[str], str | None] = unfit) -> "Fas
     """Build the model that ``settings`` name; where this machine is ``unfit``, the stock engine around it.
 
     Raises:
-        EngineError: with one line that says what is missing, or which engine to take instead.
+        EngineError: with one line that says what is missing; ``Unable``, a package, or which engine to take instead.
     """
     if settings.device == "cuda" and (count := len(settings.visible_gpus)) > 1:
         msg = (
             f"cannot spread the fast engine over {count} GPUs: give each a port of its own, or set "
             'server.engine = "stock"'
         )
-        raise EngineError(msg)
+        raise Unable(msg)
     if why := unfit(settings.device):
         log.warning("the fast engine cannot run here (%s): speaking through the stock engine", why)
         return stock.load(settings)
