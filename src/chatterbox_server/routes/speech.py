@@ -131,7 +131,11 @@ _SOUND: Final = {
             ("X-Queue-Wait", "number", "Seconds in the queue"),
             ("X-Queue-Position", "integer", "How many requests were before this one when it came"),
             ("X-Time-To-First-Byte", "number", "Seconds from the request to the first sound"),
-            ("X-Real-Time-Factor", "number", "Seconds of computing per second of sound, of what was spoken so far"),
+            (
+                "X-Real-Time-Factor",
+                "number",
+                "Seconds of computing per second of sound, of the pieces spoken so far; not there before the first is",
+            ),
             ("X-Audio-Duration", "number", "Seconds of sound; only where it is known, in an answer of one piece"),
         )
     },
