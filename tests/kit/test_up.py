@@ -44,13 +44,14 @@ def up(tmp_path: Path) -> Iterator[Callable[[str], Up]]:
 
 
 @NEEDS_ESPEAK
-def test_a_fleet_speaks_survives_a_kill_and_ends_in_order(up: Callable[[str], Up]) -> None:
+def test_a_fleet_speaks_survives_a_kill_and_ends_in_order(up: Callable[[str], Up], tmp_path: Path) -> None:
     one, two, front = free_ports(3)
     running = up(
         f"[gpus]\n0 = {one}\n1 = {two}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
         "[server]\nengine = 'espeak'\n[unit]\nrestart_delay_s = 1\n"
     )
     running.wait_for(rf"^ready +\| 2 instances behind http://127.0.0.1:{front} ")
+    assert (tmp_path / "state/chatterbox-tts/voices").is_dir()
 
     spoken = [
         get(f"http://127.0.0.1:{front}/v1/audio/speech", b'{"input": "Hello.", "response_format": "wav"}')
