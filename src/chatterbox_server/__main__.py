@@ -26,8 +26,8 @@ MISCONFIGURED: Final = 2
 """The unit's RestartPreventExitStatus: starting again would read the same environment, and miss the same package."""
 
 
-def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+def main(load: Callable[[Settings], Engine] | None = None) -> int:
+    """Serve until told to stop; returns the exit status. ``load`` builds another engine than the settings name."""
     logs.setup(os.environ, sys.stderr)
     for speaker in (log, logging.getLogger("uvicorn.error")):
         speaker.setLevel(logging.INFO)
@@ -39,7 +39,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return MISCONFIGURED
     try:
-        status = asyncio.run(serve(settings, os.environ, functools.partial(engines.load, settings)))
+        status = asyncio.run(serve(settings, os.environ, functools.partial(load or engines.load, settings)))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     if any(thread.daemon for thread in threading.enumerate()):
