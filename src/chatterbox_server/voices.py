@@ -89,6 +89,9 @@ class Voice:
         return round(length_s, 3)
 
 
+_BUILT_IN: Final = Voice(DEFAULT, "built-in", None)
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The directory is read again for each question, so a file put there speaks without a restart.
@@ -102,7 +105,7 @@ class Library:
 
     def voices(self) -> dict[str, Voice]:
         """Every voice by its name: the built-in one, recordings, then aliases, OpenAI's names among them."""
-        own = {DEFAULT: Voice(DEFAULT, "built-in", None)}
+        own = {DEFAULT: _BUILT_IN}
         found = {path.stem: Voice(path.stem, "recording", path) for path in self._recordings()}
         own |= dict(sorted(found.items()))
         meanings = dict.fromkeys(OPENAI, DEFAULT) | dict(self.aliases)
@@ -115,6 +118,9 @@ class Library:
         Raises:
             UnknownVoice: with the names there are.
         """
+        if name == DEFAULT:
+            # No recording and no alias has its name; it needs no look at the disk.
+            return _BUILT_IN
         voices = self.voices()
         known = tuple(voice.name for voice in voices.values() if voice.kind != "alias")
         if name not in voices:
