@@ -1,7 +1,8 @@
 """The whole server around an engine that takes so many seconds for each piece, whatever it says: for benchmarks.
 
-Settings come from the environment, as in a unit; SERVICE_S says how long. The engine sleeps, so that two cores carry
-many such servers; all else is what runs in a unit. Says a tone of SOUND_S seconds, and counts 25 tokens for each.
+Settings come from the environment, as in a unit; SERVICE_S says how long, SOUND_S how much it says (2), PLACES how
+many pieces it has in hand at once (1). The engine sleeps, so that two cores carry many such servers; all else is what
+runs in a unit. Says a tone, and counts 25 tokens for each second of it.
 """
 
 from __future__ import annotations
@@ -40,11 +41,10 @@ START_TIMEOUT_S: Final = 60
 
 
 class TimedEngine:
-    """One piece at a time, each in the same time."""
+    """Each piece in the same time, whoever else is there."""
 
     name = "timed"
     model = "timed-1"
-    places = 1
     sample_rate_hz = RATE_HZ
     longest_piece = 300
     tokens_per_audio_s: float | None = 25.0
@@ -54,10 +54,11 @@ class TimedEngine:
     frees_beside = True
     broken = None
 
-    def __init__(self, service_s: float) -> None:
+    def __init__(self, service_s: float, *, sound_s: float = SOUND_S, places: int = 1) -> None:
         self._service_s = service_s
+        self.places = places
         self._tone: NDArray[np.float32] = 0.5 * np.sin(
-            2 * np.pi * 440 / RATE_HZ * np.arange(round(SOUND_S * RATE_HZ)), dtype=np.float32
+            2 * np.pi * 440 / RATE_HZ * np.arange(round(sound_s * RATE_HZ)), dtype=np.float32
         )
 
     def facts(self) -> Mapping[str, object]:
@@ -71,6 +72,7 @@ class TimedEngine:
 
     def synthesize(self, utterance: Utterance, errand: Errand) -> NDArray[np.float32]:  # noqa: ARG002  any takes as long
         began_s = time.monotonic()
+        errand.make_way()
         with errand.at_work():
             time.sleep(max(0.0, began_s + self._service_s - time.monotonic()))
         return self._tone
@@ -135,7 +137,8 @@ def machine() -> str:
 async def _main() -> int:
     settings = Settings.from_environ(os.environ)
     service_s = float(os.environ["SERVICE_S"])
-    return await serve(settings, os.environ, lambda: TimedEngine(service_s))
+    sound_s, places = float(os.environ.get("SOUND_S", SOUND_S)), int(os.environ.get("PLACES", "1"))
+    return await serve(settings, os.environ, lambda: TimedEngine(service_s, sound_s=sound_s, places=places))
 
 
 if __name__ == "__main__":

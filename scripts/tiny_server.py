@@ -1,16 +1,17 @@
-"""The whole server around the tiny real model, as a process for benchmarks: `python scripts/tiny_server.py`.
+"""The whole server around the tiny real model, on port 6093: `.venv-tests/bin/python scripts/tiny_server.py`.
 
-Settings come from the environment, as in a unit; CHATTERBOX_ENGINE is ``stock`` or ``fast``. The classes are
-chatterbox-tts' own (scripts/tiny_model.py), the weights random; no weights are on disk, so the one thing of ``python -m
+`scripts/test` makes that environment; another needs chatterbox-tts, too. Settings come from the environment, as in a
+unit: CHATTERBOX_PORT is another port, CHATTERBOX_ENGINE is ``stock`` (default) or ``fast``, CHATTERBOX_MODEL is
+``chatterbox`` (default), ``turbo`` or ``multilingual``. Ctrl-C ends it. The classes are chatterbox-tts' own
+(scripts/tiny_model.py), the weights random, so it babbles; no weights are on disk, so the one thing of ``python -m
 chatterbox_server`` that is left out is loading.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import functools
 import http.client
-import logging
 import os
 import socket
 import subprocess
@@ -23,15 +24,14 @@ from typing import TYPE_CHECKING, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chatterbox_server import logs
-from chatterbox_server.__main__ import serve
-from chatterbox_server.server import end_process
-from chatterbox_server.settings import Settings
+from chatterbox_server.__main__ import main as serve
+from chatterbox_server.engine import EngineError, Unable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from chatterbox_server.engine import Engine
+    from chatterbox_server.settings import Settings
 
 START_TIMEOUT_S = 300
 
@@ -115,15 +115,36 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, load {load:.1f} before; Python {sys.version.split()[0]}, {versions}"
 
 
-def build(settings: Settings, directory: Path, *, eos_per_text: float, voices_kept: int) -> Engine:
-    import torch
-    from scripts import tiny_model
+def build(settings: Settings, *, eos_per_text: float, voices_kept: int) -> Engine:
+    """The engine that ``settings`` name, if it could be heard.
+
+    Raises:
+        EngineError: the port is taken; ``Unable``, a package is missing.
+    """
+    # At once, not when the model is made.
+    with socket.socket() as asked:
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            asked.bind((settings.host, settings.port))
+        except OSError as error:
+            msg = (
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; `ss -ltnp` shows who does, and "
+                "CHATTERBOX_PORT=6193 takes another port"
+            )
+            raise EngineError(msg) from None
+    try:
+        import torch
+        from scripts import tiny_model
+    except ImportError as error:
+        msg = f"cannot import chatterbox-tts ({error}); `scripts/test` makes .venv-tests, which has it"
+        raise Unable(msg) from error
 
     from chatterbox_server.engines.fast import FastEngine
     from chatterbox_server.engines.stock import Placement, StockEngine
 
     torch.set_num_threads(1)
-    model = tiny_model.tiny(settings.model, directory, eos_per_text=eos_per_text)
+    with tempfile.TemporaryDirectory() as name:
+        model = tiny_model.tiny(settings.model, Path(name), eos_per_text=eos_per_text)
     if settings.engine == "fast":
         return FastEngine(
             model, settings.model, device="cpu", max_batch=settings.max_batch, source="tiny", voices_kept=voices_kept
@@ -131,23 +152,14 @@ def build(settings: Settings, directory: Path, *, eos_per_text: float, voices_ke
     return StockEngine(model, settings.model, placement=Placement("cpu", "cpu"), voices_kept=voices_kept)
 
 
-def main() -> None:
+def main() -> int:
     """Serve until told to stop."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--eos-per-text", type=float, default=1.7, help="speech tokens for each token of text")
-    parser.add_argument("--voices-kept", type=int, default=32)
+    parser.add_argument("--voices-kept", type=int, default=32, help="recordings whose conditionals are kept ready")
     asked = parser.parse_args()
-    logs.setup(os.environ, sys.stderr)
-    logging.getLogger("chatterbox").setLevel(logging.ERROR)
-    settings = Settings.from_environ(os.environ)
-    with tempfile.TemporaryDirectory() as name:
-
-        def load() -> Engine:
-            return build(settings, Path(name), eos_per_text=asked.eos_per_text, voices_kept=asked.voices_kept)
-
-        status = asyncio.run(serve(settings, os.environ, load))
-    end_process(status)
+    return serve(functools.partial(build, eos_per_text=asked.eos_per_text, voices_kept=asked.voices_kept))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,6 +68,10 @@ class Places:
     run_dir: str
     """What is there only while something runs."""
 
+    @property
+    def voices_dir(self) -> str:
+        return f"{self.state_dir}/voices"
+
 
 SYSTEM = Places(
     state_dir="/var/lib/chatterbox-tts",
@@ -492,7 +496,7 @@ def _settings(config: FleetConfig, places: Places, name: str, port: int) -> dict
         "AUTOCAST": server.autocast,
         "PIPELINE": server.pipeline,
         "MAX_BATCH": server.max_batch if server.engine == "fast" else None,
-        "VOICES_DIR": f"{places.state_dir}/voices",
+        "VOICES_DIR": places.voices_dir,
         "QUEUE_SIZE": server.queue_size,
         "MAX_WAIT_S": server.max_wait_s,
         "LONGEST_UTTERANCE_S": server.longest_utterance_s,

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from chatterbox_server import engines, logs, notify
 from chatterbox_server.app import create_app, lifetime
-from chatterbox_server.engine import Engine, EngineError, Refused
+from chatterbox_server.engine import Engine, EngineError, Refused, Unable
 from chatterbox_server.keys import Keys, KeysError
 from chatterbox_server.server import Server, end_process
 from chatterbox_server.settings import Settings, SettingsError
@@ -23,11 +23,11 @@ log = logging.getLogger("chatterbox_server")
 
 FAILED: Final = 1
 MISCONFIGURED: Final = 2
-"""The unit's RestartPreventExitStatus: starting again would read the same environment."""
+"""The unit's RestartPreventExitStatus: starting again would read the same environment, and miss the same package."""
 
 
-def main() -> int:
-    """Serve until told to stop; returns the exit status."""
+def main(load: Callable[[Settings], Engine] | None = None) -> int:
+    """Serve until told to stop; returns the exit status. ``load`` builds another engine than the settings name."""
     logs.setup(os.environ, sys.stderr)
     for speaker in (log, logging.getLogger("uvicorn.error")):
         speaker.setLevel(logging.INFO)
@@ -39,7 +39,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return MISCONFIGURED
     try:
-        status = asyncio.run(serve(settings, os.environ, functools.partial(engines.load, settings)))
+        status = asyncio.run(serve(settings, os.environ, functools.partial(load or engines.load, settings)))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     if any(thread.daemon for thread in threading.enumerate()):
@@ -71,7 +71,7 @@ async def serve(settings: Settings, environ: Mapping[str, str], load: Callable[[
             await server.serve()
     except (EngineError, Refused) as error:
         log.error("cannot start: %s", " ".join(str(error).split()))  # noqa: TRY400 (one clear line)
-        return FAILED
+        return MISCONFIGURED if isinstance(error, Unable) else FAILED
     except SystemExit:
         # uvicorn could not bind, and has said so; its status changes with its version.
         return FAILED

@@ -7,10 +7,11 @@ a stream, leaves part by part, the first as soon as it is spoken.
 import asyncio
 import base64
 import contextlib
+import functools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -25,7 +26,7 @@ from chatterbox_server import audio
 from chatterbox_server.engine import EngineError, OutOfMemory, Refused, Utterance
 from chatterbox_server.joints import InParts, Joints
 from chatterbox_server.metrics import Outcome
-from chatterbox_server.place import Busy, Place
+from chatterbox_server.place import Busy, Place, Spoken
 from chatterbox_server.service import Service
 
 T = TypeVar("T")
@@ -103,8 +104,11 @@ class Speech:
         """Seconds of computing per second of sound."""
         return self.synthesis_s / self.audio_s if self.samples else 0.0
 
-    async def next_part(self) -> NDArray[np.float32] | None:
-        """What comes next, a piece or a part of one, ready to be put behind the one before; ``None`` after the last."""
+    async def next_part(self, use: Callable[[NDArray[np.float32]], T]) -> T | None:
+        """What ``use`` makes of what comes next, a piece or a part of one; ``None`` after the last.
+
+        It is ready to be put behind the one before. ``use`` is called on the thread that made it so.
+        """
         while True:
             try:
                 spoken = await anext(self._spoken)
@@ -114,16 +118,21 @@ class Speech:
                 self.service.metrics.engine_failed("out_of_memory")
                 raise
             pause_s = next(self._left) if spoken.last else 0.0
-            piece, begun = self._piece, self._piece.begun
-            joined = await asyncio.to_thread(piece.join, spoken.samples, last=spoken.last, pause_s=pause_s)
-            if spoken.last:
-                self._piece = InParts(self._joints)
-            self.synthesis_s += spoken.synthesis_s
-            self.spoken += spoken.last
-            self.samples += joined.size
-            # A piece of which nothing was heard is for the encoder to refuse; an end of silence is nothing to send.
-            if joined.size or (spoken.last and not begun):
-                return joined
+            # One way there and back for both: they cost more than some of what is done there.
+            used = await asyncio.to_thread(self._used, spoken, pause_s, use)
+            if used is not None:
+                return used
+
+    def _used(self, spoken: Spoken, pause_s: float, use: Callable[[NDArray[np.float32]], T]) -> T | None:
+        piece, begun = self._piece, self._piece.begun
+        joined = piece.join(spoken.samples, last=spoken.last, pause_s=pause_s)
+        if spoken.last:
+            self._piece = InParts(self._joints)
+        self.synthesis_s += spoken.synthesis_s
+        self.spoken += spoken.last
+        self.samples += joined.size
+        # A piece of which nothing was heard is for the encoder to refuse; an end of silence is nothing to send.
+        return use(joined) if joined.size or (spoken.last and not begun) else None
 
 
 class Listener:
@@ -211,11 +220,9 @@ async def deliver(
     async with resources or AsyncExitStack() as stack:
         try:
             speech, listener = await stack.enter_async_context(speak(request, service, script))
-            first = await listener.waits_for(speech.next_part())
             if not script.streamed:
-                return await _whole(speech, first, headers)
-            encoder = audio.Encoder(script.audio_format, speech.sample_rate_hz)
-            chunk = await asyncio.to_thread(_encoded, encoder, first)
+                return await _whole(speech, listener, headers)
+            encoder, chunk = _something(await listener.waits_for(speech.next_part(functools.partial(_begun, speech))))
         except ClientLeft:
             return left(request)
         chunks = _chunks(speech, listener, encoder, chunk)
@@ -225,13 +232,13 @@ async def deliver(
         return Stream(request, chunks, stack.pop_all(), media_type, {**headers, **measured(speech)})
 
 
-async def _whole(speech: Speech, samples: NDArray[np.float32] | None, headers: Mapping[str, str]) -> Response:
-    # In a thread: a minute of mp3 takes long enough to delay a health check.
-    sound = await asyncio.to_thread(
-        audio.encode, _something(samples), speech.sample_rate_hz, speech.script.audio_format
+async def _whole(speech: Speech, listener: Listener, headers: Mapping[str, str]) -> Response:
+    encode = functools.partial(
+        audio.encode, sample_rate_hz=speech.sample_rate_hz, audio_format=speech.script.audio_format
     )
+    sound = await listener.waits_for(speech.next_part(encode))
     return Response(
-        sound,
+        _something(sound),
         media_type=audio.MEDIA_TYPES[speech.script.audio_format],
         headers={**headers, **measured(speech), "X-Audio-Duration": f"{speech.audio_s:.3f}"},
     )
@@ -261,8 +268,8 @@ def measured(speech: Speech) -> dict[str, str]:
 
 async def _chunks(speech: Speech, listener: Listener, encoder: audio.Encoder, chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
-    while (samples := await listener.waits_for(speech.next_part())) is not None:
-        yield await asyncio.to_thread(encoder.encode, samples)
+    while (encoded := await listener.waits_for(speech.next_part(encoder.encode))) is not None:
+        yield encoded
     yield await asyncio.to_thread(encoder.finish)
 
 
@@ -323,15 +330,17 @@ class Stream(Response):
             await send({"type": "http.response.body", "body": b""})
 
 
-def _encoded(encoder: audio.Encoder, samples: NDArray[np.float32] | None) -> bytes:
-    return encoder.encode(_something(samples))
+def _begun(speech: Speech, samples: NDArray[np.float32]) -> tuple[audio.Encoder, bytes]:
+    """Not before there is something to encode: whoever waits for it holds no codec."""
+    encoder = audio.Encoder(speech.script.audio_format, speech.sample_rate_hz)
+    return encoder, encoder.encode(samples)
 
 
-def _something(samples: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    if samples is None:
+def _something(made: T | None) -> T:
+    if made is None:
         msg = "the engine returned no sound"
         raise audio.NotSound(msg)
-    return samples
+    return made
 
 
 def _seconds(header: str) -> float:

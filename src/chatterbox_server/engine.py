@@ -21,6 +21,13 @@ class EngineError(Exception):
     """The engine could not do its work, and not because of what was asked."""
 
 
+class Unable(EngineError):
+    """It can never be loaded here as it is told: a package or a program is missing, or it cannot do what is asked.
+
+    A fresh start would find the same; what may come by itself (a GPU, weights, a mount) is another error.
+    """
+
+
 class OutOfMemory(EngineError):
     """The utterance did not fit into the GPU's memory; a shorter one may, once ``free`` was called."""
 

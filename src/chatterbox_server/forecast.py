@@ -52,18 +52,19 @@ class _Pace:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        # Summed as they come: asked for far more often, for each of those that wait whenever one begins.
+        self._chars, self._seconds = 0, 0.0
 
     def __len__(self) -> int:
         return len(self._recent)
 
     def add(self, chars: int, seconds: float) -> None:
         self._recent.append((chars, seconds))
+        self._chars = sum(known for known, _ in self._recent)
+        self._seconds = sum(seconds for _, seconds in self._recent)
 
     def expected_s(self, chars: int) -> float:
-        known_chars = sum(known for known, _ in self._recent)
-        if not known_chars:
-            return 1.0
-        return chars * sum(seconds for _, seconds in self._recent) / known_chars
+        return chars * self._seconds / self._chars if self._chars else 1.0
 
 
 class SharedTime:

@@ -29,40 +29,44 @@ class Joints:
         """
         if not _is_sound(samples):
             return samples
-        loud, margin = self.loud(samples), self.margin
+        (loud, _), margin = self.loud(samples), self.margin
         kept = samples[: 2 * margin] if loud is None else samples[max(0, loud.start - margin) : loud.stop + margin]
-        return np.concatenate((self.faded(kept, into=True, out=True), self.pause(pause_s)))
+        return self.faded(kept, into=True, out=True, pause_s=pause_s)
 
-    def loud(self, samples: NDArray[np.float32], loudest: float = 0.0) -> slice | None:
-        """From the first loud frame to the last; ``None`` if there is none.
+    def loud(self, samples: NDArray[np.float32], loudest: float = 0.0) -> tuple[slice | None, float]:
+        """From the first loud frame to the last, ``None`` if there is none; and the energy of the loudest.
 
         ``loudest`` is the energy of a frame that was heard before.
         """
         energies = self.energies(samples)
+        loudest = max(loudest, float(energies.max()))
         # Of a whole frame, also where the last is shorter: one loud sample at the end is not a loud frame.
-        frames = np.flatnonzero(energies > max(loudest, float(energies.max())) * QUIET**2)
+        frames = np.flatnonzero(energies > loudest * QUIET**2)
         if frames.size == 0:
-            return None
-        return slice(int(frames[0]) * self._frame, min(samples.size, (int(frames[-1]) + 1) * self._frame))
+            return None, loudest
+        return slice(int(frames[0]) * self._frame, min(samples.size, (int(frames[-1]) + 1) * self._frame)), loudest
 
     def energies(self, samples: NDArray[np.float32]) -> NDArray[np.float64]:
         """Of each frame."""
         # In double precision: the square of a very large or very small sample would not fit in single.
         energies: NDArray[np.float64] = np.add.reduceat(
-            samples.astype(np.float64) ** 2, np.arange(0, samples.size, self._frame)
+            np.square(samples, dtype=np.float64), np.arange(0, samples.size, self._frame)
         )
         return energies
 
-    def faded(self, samples: NDArray[np.float32], *, into: bool, out: bool) -> NDArray[np.float32]:
-        gain = np.ones(samples.size, np.float32)
+    def faded(
+        self, samples: NDArray[np.float32], *, into: bool, out: bool, pause_s: float = 0.0
+    ) -> NDArray[np.float32]:
+        """A copy, with ``pause_s`` of silence behind it."""
+        copy = np.concatenate((samples, self.pause(pause_s)))
         steps = min(round(FADE_S * self.sample_rate_hz), samples.size // 2)
         # A raised cosine: neither the level nor its slope jumps.
         rise = (0.5 - 0.5 * np.cos(np.pi * np.arange(steps) / max(1, steps))).astype(np.float32)
         if into:
-            gain[:steps] = rise
+            copy[:steps] *= rise
         if out:
-            gain[samples.size - steps :] = rise[::-1]
-        return samples * gain
+            copy[samples.size - steps : samples.size] *= rise[::-1]
+        return copy
 
     def pause(self, pause_s: float) -> NDArray[np.float32]:
         return np.zeros(round(pause_s * self.sample_rate_hz), np.float32)
@@ -110,8 +114,7 @@ class InParts:
             return self._joints.join(samples, pause_s)
         if not _is_sound(samples):
             return np.concatenate((samples, self._joints.pause(pause_s))) if last else samples
-        loud = self._joints.loud(samples, self._loudest)
-        self._loudest = max(self._loudest, float(self._joints.energies(samples).max()))
+        loud, self._loudest = self._joints.loud(samples, self._loudest)
         if not self.begun and loud is None:
             self._before = self._joints.tail(samples)
             return samples[:0]
@@ -120,9 +123,9 @@ class InParts:
         # Counted from the last loud frame, in whichever part it was.
         end = max(0, margin - self._since) if loud is None else loud.stop + margin
         self._since = self._since + samples.size if loud is None else samples.size - loud.stop
-        kept = self._joints.faded(samples[begin : end if last else samples.size], into=not self.begun, out=last)
+        kept, into = samples[begin : end if last else samples.size], not self.begun
         self.begun = True
-        return np.concatenate((kept, self._joints.pause(pause_s))) if last else kept
+        return self._joints.faded(kept, into=into, out=last, pause_s=pause_s if last else 0.0)
 
 
 def _is_sound(samples: NDArray[np.float32]) -> bool:

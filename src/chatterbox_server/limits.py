@@ -1,7 +1,7 @@
 """How much a request may carry, refused before anything of it is parsed. Reads no body, only counts it."""
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from fastapi.responses import JSONResponse
@@ -54,12 +54,15 @@ class BodyLimit:
         upload = multipart and scope["path"] in self._upload_paths
         limit_bytes = self._upload_bytes if upload else self._json_bytes
         what = "an upload" if upload else "a body other than an upload"
-        message = f"the body is larger than {limit_bytes} bytes, the most that {what} may have"
-        too_large = _closing(413, message, code="request_too_large")
+
+        def too_large() -> JSONResponse:
+            message = f"the body is larger than {limit_bytes} bytes, the most that {what} may have"
+            return _closing(413, message, code="request_too_large")
+
         # The server has checked that it is a number, and lets no more than that many bytes through.
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > limit_bytes:
-            await _refuse(too_large, scope, receive, send)
+            await _refuse(too_large(), scope, receive, send)
             return
         await _Counted(self._app, limit_bytes, too_large)(scope, receive, send)
 
@@ -71,7 +74,7 @@ class _Counted:
     ends at once, and whatever it still says is said to nobody.
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, too_large: JSONResponse) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, too_large: Callable[[], JSONResponse]) -> None:
         self._app = app
         self._left_bytes = limit_bytes
         self._too_large = too_large
@@ -88,7 +91,7 @@ class _Counted:
                 return message
             self._refused = True
             if not self._begun:
-                await _refuse(self._too_large, scope, receive, send, more=message.get("more_body", False))
+                await _refuse(self._too_large(), scope, receive, send, more=message.get("more_body", False))
             return _LEFT
 
         async def watching(message: Message) -> None:

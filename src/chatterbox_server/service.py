@@ -31,7 +31,8 @@ class Service:
         return not self.queue.draining and self.queue.healthy
 
 
-def _of(request: Request) -> Service:
+async def _of(request: Request) -> Service:
+    # Async, though it awaits nothing: FastAPI would call another on a thread, for every request.
     service: Service = request.app.state.service
     return service
 

@@ -130,7 +130,7 @@ class Settings(BaseModel):
     stand-in without GPU or weights."""
 
     model: Literal["chatterbox", "turbo", "multilingual"] = "chatterbox"
-    """Which of the models of chatterbox-tts the stock engine loads."""
+    """Which of the models of chatterbox-tts the stock or the fast engine loads."""
 
     device: Literal["cuda", "cpu"] = "cuda"
     """Never ``cuda:N``: which GPU that is, CUDA_VISIBLE_DEVICES has already decided."""
@@ -157,7 +157,7 @@ class Settings(BaseModel):
     """``NAME.wav`` (flac, ogg, mp3) here is voice NAME; ``None`` leaves the built-in voice."""
 
     queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Requests that may wait behind the one being spoken; one more is answered 503."""
+    """Requests that may wait behind those being spoken; one more is answered 503."""
 
     max_wait_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """A request that has not begun after so many seconds is answered 503."""

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import re
+import shlex
 import tempfile
 import wave
 from collections.abc import Iterator, Mapping
@@ -88,6 +89,9 @@ class Voice:
         return round(length_s, 3)
 
 
+_BUILT_IN: Final = Voice(DEFAULT, "built-in", None)
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The directory is read again for each question, so a file put there speaks without a restart.
@@ -101,7 +105,7 @@ class Library:
 
     def voices(self) -> dict[str, Voice]:
         """Every voice by its name: the built-in one, recordings, then aliases, OpenAI's names among them."""
-        own = {DEFAULT: Voice(DEFAULT, "built-in", None)}
+        own = {DEFAULT: _BUILT_IN}
         found = {path.stem: Voice(path.stem, "recording", path) for path in self._recordings()}
         own |= dict(sorted(found.items()))
         meanings = dict.fromkeys(OPENAI, DEFAULT) | dict(self.aliases)
@@ -114,6 +118,9 @@ class Library:
         Raises:
             UnknownVoice: with the names there are.
         """
+        if name == DEFAULT:
+            # No recording and no alias has its name; it needs no look at the disk.
+            return _BUILT_IN
         voices = self.voices()
         known = tuple(voice.name for voice in voices.values() if voice.kind != "alias")
         if name not in voices:
@@ -139,7 +146,7 @@ class Library:
             raise LibraryFull(msg)
         samples = recordings.normalise(source, shortest_s=recordings.SHORTEST_S, longest_s=recordings.LONGEST_S)
         sound = audio.encode(samples, recordings.SAMPLE_RATE_HZ, "wav")
-        with _changes(name), _written(directory, sound) as unfinished:
+        with _changes(name, directory), _written(directory, sound) as unfinished:
             path = directory / f"{name}.wav"
             if replace:
                 unfinished.replace(path)
@@ -159,7 +166,7 @@ class Library:
         self._allow(new)
         if any(path.stem == new for path in self._recordings()):
             raise _taken(new)
-        with _changes(new):
+        with _changes(new, directory):
             for path in paths:
                 (directory / f"{new}{path.suffix}").hardlink_to(path)
             for path in paths:
@@ -175,7 +182,7 @@ class Library:
         """
         directory = self._writable()
         paths = self._files(name)
-        with _changes(name):
+        with _changes(name, directory):
             for path in paths:
                 path.unlink(missing_ok=True)
             _sync(directory)
@@ -230,14 +237,16 @@ def _taken(name: str) -> NameTaken:
 
 
 @contextlib.contextmanager
-def _changes(name: str) -> Iterator[None]:
-    """Every way in which a directory may say no, in words for whoever asked; ``name`` is the one to be taken."""
+def _changes(name: str, directory: Path) -> Iterator[None]:
+    """Every way in which ``directory`` may say no, in words for whoever asked; ``name`` is the one to be taken."""
     try:
         yield
     except FileExistsError:
         raise _taken(name) from None
     except OSError as error:
-        msg = f"cannot write to the directory of voices: {error.strerror}"
+        missing = isinstance(error, FileNotFoundError) and not directory.exists()
+        cure = f"; on the server: mkdir -p {shlex.quote(str(directory))}" if missing else ""
+        msg = f"cannot write to the directory of voices, {directory}: {error.strerror}{cure}"
         raise LibraryReadOnly(msg) from error
 
 

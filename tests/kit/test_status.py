@@ -205,7 +205,7 @@ STATES = [
     (replace(FAILED, result="timeout"), f"its unit is failed (timeout): {LOG}"),
     (replace(FAILED, restarts=1), f"crash loop, left down after 1 restart: {LOG}"),
     (replace(FAILED, restarts=9), f"crash loop, left down after 9 restarts: {LOG}"),
-    (replace(FAILED, exit_status=2), f"it refuses its settings: {LOG}"),
+    (replace(FAILED, exit_status=2), f"its settings are wrong, or something is not installed: {LOG}"),
     (replace(ACTIVE, active="activating", sub="start"), "it is starting"),
     (replace(ACTIVE, active="activating", sub="start", restarts=1), "it is starting"),
     (replace(ACTIVE, active="activating", sub="start", restarts=5), f"crash loop, 5 restarts so far: {LOG}"),

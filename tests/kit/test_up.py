@@ -44,13 +44,14 @@ def up(tmp_path: Path) -> Iterator[Callable[[str], Up]]:
 
 
 @NEEDS_ESPEAK
-def test_a_fleet_speaks_survives_a_kill_and_ends_in_order(up: Callable[[str], Up]) -> None:
+def test_a_fleet_speaks_survives_a_kill_and_ends_in_order(up: Callable[[str], Up], tmp_path: Path) -> None:
     one, two, front = free_ports(3)
     running = up(
         f"[gpus]\n0 = {one}\n1 = {two}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
         "[server]\nengine = 'espeak'\n[unit]\nrestart_delay_s = 1\n"
     )
     running.wait_for(rf"^ready +\| 2 instances behind http://127.0.0.1:{front} ")
+    assert (tmp_path / "state/chatterbox-tts/voices").is_dir()
 
     spoken = [
         get(f"http://127.0.0.1:{front}/v1/audio/speech", b'{"input": "Hello.", "response_format": "wav"}')
@@ -131,6 +132,21 @@ def test_instances_that_crash_in_a_loop_are_left_down_and_up_ends_with_the_reaso
     assert said.count("| no weights") == 2
     assert "gpu0  | ended with status 4, start 2 of 2; left down" in said
     assert "error: no instance is left running" in said
+
+
+def test_an_instance_that_misses_a_program_is_not_restarted_in_vain(up: Callable[[str], Up], tmp_path: Path) -> None:
+    one, front = free_ports(2)
+    # Of all programs only what `up` starts its children with.
+    (tmp_path / "setpriv").symlink_to(shutil.which("setpriv") or "/nowhere")
+    running = up(
+        f"[gpus]\n0 = {one}\n[nginx]\nlisten = '127.0.0.1:{front}'\n"
+        f"[server]\nengine = 'espeak'\nenvironment = {{ PATH = '{tmp_path}' }}\n"
+    )
+
+    assert running.wait() == 3
+    said = "".join(running.said)
+    assert said.count("cannot find espeak-ng: apt-get install espeak-ng") == 1
+    assert "gpu0  | ended with status 2; left down" in said
 
 
 def test_a_taken_front_port_is_said_at_once(up: Callable[[str], Up]) -> None:

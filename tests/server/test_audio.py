@@ -179,3 +179,19 @@ def test_what_is_no_sound_is_never_sent_as_sound(samples: list[float], words: st
         tone = a_tone(hertz=440, seconds=1)
         rest = encoder.encode(tone) + encoder.finish()
         assert decoded(rest, audio_format).size >= tone.size
+
+
+@pytest.mark.parametrize("seconds", [1 / RATE_HZ, 0.5, 4.0])
+def test_a_wav_by_hand_is_ffmpegs_byte_for_byte(seconds: float) -> None:
+    tone = a_tone(hertz=440, seconds=seconds)
+    file, pipe = io.BytesIO(), audio._Pipe()
+    recorder = audio.Recorder("wav", RATE_HZ, file)
+    recorder.write(tone)
+    recorder.finish()
+    codec = audio._Codec("wav", RATE_HZ, pipe, seeks=False)
+    codec.write(audio._sixteen_bit(tone))
+    codec.finish()
+    encoder = audio.Encoder("wav", RATE_HZ)
+
+    assert audio.encode(tone, RATE_HZ, "wav") == file.getvalue()
+    assert encoder.encode(tone) + encoder.finish() == pipe.take()

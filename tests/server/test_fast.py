@@ -710,7 +710,7 @@ def test_what_is_missing_it_says_as_the_stock_engine_does(monkeypatch: pytest.Mo
     from chatterbox_server.engines import fast
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(EngineError, match=r"cannot import chatterbox-tts .*: pip install"):
+    with pytest.raises(EngineError, match=r"cannot import chatterbox-tts .*; in a checkout: pip install"):
         fast.load(Settings(engine="fast"))
 
 

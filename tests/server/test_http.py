@@ -553,6 +553,7 @@ def test_readiness_names_who_answers() -> None:
         "visible_gpus": ["2", "3"],
         "invocation_id": "abc",
         "draining": False,
+        "places": 1,
         "waiting": 0,
         "running": 0,
         "spoken": 1,

@@ -94,9 +94,10 @@ def clean_environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(systemds)}
 
 
-def start_and_fail(**environ: str) -> tuple[int, str]:
+def start_and_fail(*program: str, **environ: str) -> tuple[int, str]:
+    """The server's exit status and what it said; or those of another ``program``."""
     done = subprocess.run(
-        (sys.executable, "-m", "chatterbox_server"),
+        (sys.executable, *(program or ("-m", "chatterbox_server"))),
         env=clean_environ() | environ,
         capture_output=True,
         text=True,
@@ -307,10 +308,37 @@ cannot start: the environment has 1 problem
     )
 
 
-def test_an_engine_that_cannot_load_is_exit_status_1_and_one_line() -> None:
-    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH="/nowhere")
+def test_an_engine_that_cannot_load_is_exit_status_1_and_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "espeak-ng"
+    broken.write_text("#!/bin/sh\necho no data >&2; exit 3\n")
+    broken.chmod(0o755)
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH=str(tmp_path))
     assert status == 1
+    assert said == "ERROR cannot start: cannot run espeak-ng: exit status 3: no data\n"
+
+
+def test_a_missing_program_is_exit_status_2_for_no_fresh_start_would_find_it() -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", PATH="/nowhere")
+    assert status == 2
     assert said == "ERROR cannot start: cannot find espeak-ng: apt-get install espeak-ng\n"
+
+
+@pytest.mark.parametrize("engine", ["stock", "fast"])
+def test_a_missing_package_is_exit_status_2_for_no_fresh_start_would_find_it(engine: str, tmp_path: Path) -> None:
+    # The package that the engine imports first.
+    (tmp_path / "perth.py").write_text("raise ModuleNotFoundError(\"No module named 'perth'\")\n")
+    status, said = start_and_fail(CHATTERBOX_ENGINE=engine, CHATTERBOX_DEVICE="cpu", PYTHONPATH=str(tmp_path))
+    assert status == 2
+    assert said == (
+        "ERROR cannot start: cannot import chatterbox-tts (ModuleNotFoundError: No module named 'perth'); "
+        "in a checkout: pip install '.[server]'\n"
+    )
+
+
+def test_settings_that_no_engine_can_follow_are_exit_status_2() -> None:
+    status, said = start_and_fail(CHATTERBOX_ENGINE="fast", CUDA_VISIBLE_DEVICES="0,1")
+    assert status == 2
+    assert "cannot spread the fast engine over 2 GPUs" in said
 
 
 def test_a_port_that_is_taken_is_exit_status_1() -> None:
@@ -321,3 +349,30 @@ def test_a_port_that_is_taken_is_exit_status_1() -> None:
         status, said = start_and_fail(CHATTERBOX_ENGINE="espeak", CHATTERBOX_PORT=port)
     assert status == 1
     assert "address already in use" in said
+
+
+TINY = str(Path(__file__).parents[2] / "scripts/tiny_server.py")
+
+
+def test_the_tiny_server_says_what_is_wrong_before_it_makes_its_model(tmp_path: Path) -> None:
+    assert start_and_fail(TINY, CHATTERBOX_PROT="1") == (
+        2,
+        "cannot start: the environment has 1 problem\n"
+        "  CHATTERBOX_PROT: unknown name (did you mean 'CHATTERBOX_PORT'?)\n",
+    )
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        without_torch = {"PYTHONPATH": str(tmp_path), "CHATTERBOX_PORT": port}
+        taken.listen()
+        assert start_and_fail(TINY, **without_torch) == (
+            1,
+            f"ERROR cannot start: cannot listen on 127.0.0.1:{port}: Address already in use; `ss -ltnp` shows who "
+            "does, and CHATTERBOX_PORT=6193 takes another port\n",
+        )
+    assert start_and_fail(TINY, **without_torch) == (
+        2,
+        "ERROR cannot start: cannot import chatterbox-tts (No module named 'torch'); `scripts/test` makes .venv-tests, "
+        "which has it\n",
+    )

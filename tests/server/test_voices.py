@@ -243,10 +243,14 @@ def test_a_directory_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for directory, why in (
         (None, "cannot keep voices: this server has no directory for them"),
-        (tmp_path / "missing", "cannot write to the directory of voices: No such file or directory"),
-        (tmp_path / "file", "cannot write to the directory of voices: Not a directory"),
+        (
+            tmp_path / "missing",
+            f"cannot write to the directory of voices, {tmp_path}/missing: No such file or directory; "
+            f"on the server: mkdir -p {tmp_path}/missing",
+        ),
+        (tmp_path / "file", f"cannot write to the directory of voices, {tmp_path}/file: Not a directory"),
         # Even root may not create files here.
-        (Path("/proc/self"), "cannot write to the directory of voices: No such file or directory"),
+        (Path("/proc/self"), "cannot write to the directory of voices, /proc/self: No such file or directory"),
     ):
         with pytest.raises(LibraryReadOnly) as told:
             Library(directory).add("anna", a_recording())

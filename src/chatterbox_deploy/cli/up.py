@@ -45,7 +45,9 @@ def up_command(*, fleet_file: Path, own_templates: Path | None) -> None:
     nginx = _find_nginx()
     with tempfile.TemporaryDirectory(prefix="chatterbox-up-") as directory:
         runtime_dir = Path(directory)
-        resolved = fleet.resolve(_without_mps(_run_here(arguments.read_fleet(fleet_file))), _places(runtime_dir))
+        places = _places(runtime_dir)
+        config = _without_mps(_run_here(arguments.read_fleet(fleet_file)))
+        resolved = fleet.resolve(config, places)
         files = render.render_foreground(
             resolved,
             arguments.templates(own_templates),
@@ -54,6 +56,8 @@ def up_command(*, fleet_file: Path, own_templates: Path | None) -> None:
             worker_user="root" if os.geteuid() == 0 else None,
         )
         LocalHost().write_files(files)
+        if config.server.command is None:
+            _make(Path(places.voices_dir))
         foreground = up.Foreground(nginx_conf=Path(files[0].path), runtime_dir=runtime_dir, nginx=nginx)
         asyncio.run(up.run(resolved, foreground, _teller(i.name for i in resolved.instances)))
 
@@ -91,6 +95,15 @@ def _places(runtime_dir: Path) -> fleet.Places:
         log_dir=str(runtime_dir),
         run_dir=str(runtime_dir),
     )
+
+
+def _make(directory: Path) -> None:
+    """What systemd makes for a unit (StateDirectory=)."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the directory of voices, {directory}: {(error.strerror or str(error)).lower()}"
+        raise CommandFailed(msg) from None
 
 
 def _teller(names: Iterable[str]) -> up.Tell:

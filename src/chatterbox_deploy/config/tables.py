@@ -108,7 +108,7 @@ class ServerConfig(_Strict):
     """Utterances that the fast engine speaks at once. 0: as many as the GPU's memory holds, 64 at most."""
 
     queue_size: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Requests that may wait behind the one being spoken, per instance; one more is answered 503."""
+    """Requests that may wait behind those being spoken, per instance; one more is answered 503."""
 
     max_wait_s: Annotated[int, Field(ge=1, le=3600)] = 60
     """Seconds a request may wait for its turn; then it is answered 503."""

@@ -304,7 +304,7 @@ class _Seen:
 
     def _failure(self, unit: Unit) -> str:
         if unit.exit_status is not None and unit.exit_status == self.fleet.service.config_error_status:
-            return "it refuses its settings"
+            return "its settings are wrong, or something is not installed"
         if unit.restarts:
             return f"crash loop, left down after {_restarts(unit.restarts)}"
         return f"its unit is failed ({unit.result})"

@@ -8,7 +8,7 @@ def load(settings: Settings) -> Engine:
     """Load what ``settings`` name; takes up to minutes.
 
     Raises:
-        EngineError: with one line that says what is missing.
+        EngineError: with one line that says what is missing; ``Unable``, where waiting for it would be in vain.
     """
     match settings.engine:
         case "espeak":

@@ -11,7 +11,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineError, Errand, Refused, Sampling, Utterance
+from chatterbox_server.engine import EngineError, Errand, Refused, Sampling, Unable, Utterance
 
 WORDS_PER_MINUTE: Final = 175
 """espeak-ng's own pace; it accepts 80 to 450."""
@@ -65,11 +65,15 @@ class EspeakEngine:
 
 
 def load() -> EspeakEngine:
-    """Find espeak-ng and ask what it speaks."""
+    """Find espeak-ng and ask what it speaks.
+
+    Raises:
+        Unable: there is none.
+    """
     program = shutil.which("espeak-ng")
     if program is None:
         msg = "cannot find espeak-ng: apt-get install espeak-ng"
-        raise EngineError(msg)
+        raise Unable(msg)
     version = _run((program, "--version"), "").decode().split("Data at")[0].strip()
     # Columns: priority, language, age/gender, name, file, other languages.
     rows = _run((program, "--voices"), "").decode().splitlines()[1:]

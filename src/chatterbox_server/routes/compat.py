@@ -198,7 +198,7 @@ async def synthesize(request: Request, service: Shared) -> Response:
 @router.post("/synthesize-json", deprecated=True, response_model=Synthesized, responses=_NOT_SPOKEN)
 async def synthesize_json(asked: CompatRequest, request: Request, service: Shared) -> Response:
     """Say `text`, and answer where the sound is kept. In its place: `POST /v1/audio/speech`, which streams it."""
-    return await _kept(request, service, await asyncio.to_thread(speech.complete, asked, service))
+    return await _kept(request, service, await speech.completed(asked, service))
 
 
 @router.get(
@@ -258,7 +258,7 @@ async def _script(request: Request, service: Service, stack: AsyncExitStack) -> 
     if problems.is_json(request):
         body = await request.body()
         asked = _valid(lambda: CompatRequest.model_validate_json(body))
-        return await asyncio.to_thread(speech.complete, asked, service)
+        return await speech.completed(asked, service)
     if not request.headers.get("content-type", "").lower().startswith(_FORMS):
         raise BadRequest("the body must be a form or JSON, with text", param="text")
     longest = longest_json(service.settings.max_input_chars)
@@ -268,7 +268,7 @@ async def _script(request: Request, service: Service, stack: AsyncExitStack) -> 
         if reference is not None:
             # Whatever else is named: who sends a recording wants to hear it.
             said |= {"voice": DEFAULT}
-        script = await asyncio.to_thread(speech.complete, _valid(lambda: CompatRequest.model_validate(said)), service)
+        script = await speech.completed(_valid(lambda: CompatRequest.model_validate(said)), service)
         if reference is None:
             return script
         field, sent = reference
@@ -314,7 +314,7 @@ async def _kept(request: Request, service: Service, script: Script) -> Response:
     with await asyncio.to_thread(service.results.begin, script.audio_format, rate_hz) as unfinished:
         try:
             async with delivery.speak(request, service, script) as (spoken, listener):
-                while (samples := await listener.waits_for(spoken.next_part())) is not None:
+                while (samples := await listener.waits_for(spoken.next_part(lambda joined: joined))) is not None:
                     await asyncio.to_thread(unfinished.write, samples)
         except delivery.ClientLeft:
             return delivery.left(request)

@@ -33,6 +33,8 @@ class Readiness(BaseModel):
     """Tells a fresh process from the one it replaced on the same port."""
     draining: bool
     """It stops, and finishes what it began."""
+    places: int
+    """Pieces of text that the engine may have in hand at once."""
     waiting: int
     running: int
     """Pieces of text that the engine has in hand."""
@@ -67,6 +69,7 @@ async def readyz(service: Shared, response: Response) -> Readiness:
         visible_gpus=settings.visible_gpus,
         invocation_id=settings.invocation_id,
         draining=queue.draining,
+        places=queue.engine.places,
         waiting=queue.waiting,
         running=queue.running,
         spoken=queue.spoken,

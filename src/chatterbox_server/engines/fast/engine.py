@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Utterance
+from chatterbox_server.engine import LOOK_UP_S, EngineBroken, EngineError, Errand, GpuMemory, TooLong, Unable, Utterance
 from chatterbox_server.engines import stock
 from chatterbox_server.engines.stock import cards, failures, kinds
 from chatterbox_server.engines.stock.engine import LONGEST_PIECE, TOKENS_PER_AUDIO_S, VOICES_KEPT
@@ -34,8 +34,12 @@ log = logging.getLogger(__name__)
 MOST_AT_ONCE: Final = 64
 """Utterances, where memory allows: of more of them each becomes slower and the whole hardly faster."""
 
+AT_ONCE_WITHOUT_GPU: Final = 4
+"""Utterances, for tests: enough to share batches."""
+
 FIRST_CHUNK: Final = 15
-"""Tokens of an utterance before its first sound: a third of a second, less what S3Gen holds back."""
+"""Tokens of an utterance before its first sound: 0.6 s, of which 0.32 s is left when S3Gen has looked 3 tokens ahead
+and held 8 frames back."""
 GROWTH: Final = 2.0
 """Each chunk is longer than the one before: whoever listens has more in hand, and less is computed anew."""
 
@@ -71,12 +75,11 @@ class FastEngine:
         *,
         device: str,
         max_batch: int = 0,
-        exact: bool | None = None,
         source: str = "memory",
         voices_kept: int = VOICES_KEPT,
         keep_t3: bool = False,
     ) -> None:
-        """``max_batch``: utterances at once, 0 for as many as fit. ``exact``: float32, which a CPU always is.
+        """``max_batch``: utterances at once, 0 for as many as fit. Without a GPU it computes in float32.
 
         ``keep_t3`` leaves the package's T3 whole, for one who wants to hear it beside.
 
@@ -97,7 +100,6 @@ class FastEngine:
             raise EngineError(msg)
         began_s = time.monotonic()
         self._on_gpu = device.startswith("cuda")
-        self._exact = not self._on_gpu if exact is None else exact
         self.model = kind
         self.sample_rate_hz: int = model.sr
         self.languages = KINDS[kind].languages
@@ -109,19 +111,18 @@ class FastEngine:
         self._reads = threading.Lock()
         self.voices = Voices(model, self._kind, self._placement, kept=voices_kept)
         self._manners: OrderedDict[tuple[int, float | None], tuple[Voice, Any]] = OrderedDict()
-        dtype = torch.float32 if self._exact else torch.bfloat16
+        dtype = torch.bfloat16 if self._on_gpu else torch.float32
         self.places = self._fitting(model.t3, dtype, max_batch)
         slots = Slots(model.t3, slots=self.places, dtype=dtype)
         if not keep_t3:
             model.t3.tfmr = torch.nn.Identity()
         capable = self._on_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
-        by_kernels = self._on_gpu and not self._exact
-        self._t3 = T3(slots, by_kernels=by_kernels, early=capable, at_once=capable, capture=not self._exact)
+        self._t3 = T3(slots, by_kernels=self._on_gpu, early=capable, at_once=capable, capture=self._on_gpu)
         self._sound = Sound(
             model.s3gen,
             device=device,
             flow_steps=self._kind.flow_steps,
-            how=None if self._exact else how_for(device),
+            how=how_for(device),
             watermarker=model.watermarker,
         )
         self._warm_up()
@@ -279,7 +280,7 @@ class FastEngine:
 
         from chatterbox_server.engines.fast.s3gen.sound import BATCHES
 
-        if self._exact:
+        if not self._on_gpu:
             return
         with self._stream(first=True), torch.inference_mode():
             self._t3.warm_up()
@@ -296,7 +297,7 @@ class FastEngine:
         from chatterbox_server.engines.fast.t3.slots import LONGEST_PROMPT
 
         if not self._on_gpu:
-            return asked or 4
+            return asked or AT_ONCE_WITHOUT_GPU
         config = t3.cfg
         heads = getattr(config, "num_attention_heads", None) or config.n_head
         layers = getattr(config, "num_hidden_layers", None) or config.n_layer
@@ -385,14 +386,14 @@ def load(settings: Settings, unfit: Callable[[str], str | None] = unfit) -> "Fas
     """Build the model that ``settings`` name; where this machine is ``unfit``, the stock engine around it.
 
     Raises:
-        EngineError: with one line that says what is missing, or which engine to take instead.
+        EngineError: with one line that says what is missing; ``Unable``, a package, or which engine to take instead.
     """
     if settings.device == "cuda" and (count := len(settings.visible_gpus)) > 1:
         msg = (
             f"cannot spread the fast engine over {count} GPUs: give each a port of its own, or set "
             'server.engine = "stock"'
         )
-        raise EngineError(msg)
+        raise Unable(msg)
     if why := unfit(settings.device):
         log.warning("the fast engine cannot run here (%s): speaking through the stock engine", why)
         return stock.load(settings)

@@ -18,6 +18,9 @@ PHASES: Final = 2
 SOURCE: Final = 3
 """The source's breath, one for all harmonics: position is a quarter of the sample, lane is which of the four."""
 
+GRAIN: Final = 2.0**-23
+"""Between two neighbours of what ``uniform`` draws."""
+
 _MASK: Final = 0xFFFFFFFF
 _MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 _WEYL: Final = (0x9E3779B9, 0xBB67AE85)
@@ -60,7 +63,7 @@ def drawn(seeds: torch.Tensor, purpose: int, positions: torch.Tensor, lanes: int
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:
     """Within (0, 1), never either end: 23 bits of each word and a half, which float32 holds exactly."""
-    return ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return ((bits >> 9).to(torch.float32) + 0.5) * GRAIN
 
 
 def exponential(seeds: torch.Tensor, purpose: int, positions: torch.Tensor, lanes: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 
-def sent(told: torch.Tensor, device: Any) -> torch.Tensor:
-    """``told`` on the device; torch keeps pinned memory until it is copied."""
-    if told.device.type == "cpu" and torch.device(device).type == "cuda":
-        told = told.pin_memory()
-    return told.to(device, non_blocking=True)
+def sent(values: torch.Tensor, device: Any) -> torch.Tensor:
+    """``values`` on the device; torch keeps pinned memory until it is copied."""
+    if values.device.type == "cpu" and torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class Fetched:

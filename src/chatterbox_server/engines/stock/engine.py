@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineError, Errand, GpuMemory, Utterance
+from chatterbox_server.engine import EngineError, Errand, GpuMemory, Unable, Utterance
 from chatterbox_server.engines.stock import cards, failures, lanes
 from chatterbox_server.engines.stock.failures import one_line
 from chatterbox_server.engines.stock.kinds import KINDS
@@ -141,7 +141,7 @@ def load(settings: Settings) -> StockEngine:
     """Build the model that ``settings`` name, on the GPU (or two) that this process can see.
 
     Raises:
-        EngineError: with one line that says what is missing.
+        EngineError: with one line that says what is missing; ``Unable``, a package.
     """
     made = built(settings, tf32=settings.tf32)
     return StockEngine(
@@ -168,7 +168,7 @@ def built(settings: Settings, *, tf32: bool) -> Built:
     """The model that ``settings`` name, where they say.
 
     Raises:
-        EngineError: with one line that says what is missing.
+        EngineError: with one line that says what is missing; ``Unable``, a package.
     """
     for name, value in (("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TQDM_DISABLE", "1")):
         os.environ.setdefault(name, value)
@@ -179,11 +179,11 @@ def built(settings: Settings, *, tf32: bool) -> Built:
         kind = KINDS[settings.model]
         chatterbox = getattr(importlib.import_module(kind.module), kind.class_name)
     except ImportError as error:
-        msg = f"cannot import chatterbox-tts ({one_line(error)}): pip install 'chatterbox-deploy[server]'"
-        raise EngineError(msg) from error
+        msg = f"cannot import chatterbox-tts ({one_line(error)}); in a checkout: pip install '.[server]'"
+        raise Unable(msg) from error
     if perth.PerthImplicitWatermarker is None:
         msg = "cannot load the watermarker (perth), which needs pkg_resources: pip install 'setuptools<82'"
-        raise EngineError(msg)
+        raise Unable(msg)
     placement = place(settings.device, settings.visible_gpus)
     if settings.device == "cuda" and not torch.cuda.is_available():
         seen = ",".join(settings.visible_gpus) or "not set"

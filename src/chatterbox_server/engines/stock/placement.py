@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from chatterbox_server.engine import EngineError
+from chatterbox_server.engine import Unable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,14 @@ def place(device: Literal["cuda", "cpu"], visible_gpus: tuple[str, ...]) -> Plac
     """One GPU takes all of it; of two, the first takes T3 and the second S3Gen.
 
     Raises:
-        EngineError: more than two GPUs, of which a model cannot make use.
+        Unable: more than two GPUs, of which a model cannot make use.
     """
     if device == "cpu":
         return Placement("cpu", "cpu")
     if len(visible_gpus) > 2:
         given = ",".join(visible_gpus)
         msg = f"cannot place one model on {len(visible_gpus)} GPUs (CUDA_VISIBLE_DEVICES={given}): name one or two"
-        raise EngineError(msg)
+        raise Unable(msg)
     if len(visible_gpus) == 2:
         return Placement("cuda:0", "cuda:1")
     return Placement("cuda:0", "cuda:0")

@@ -4,11 +4,13 @@
 import triton
 import triton.language as tl
 
+from chatterbox_server.engines.fast import noise
 from chatterbox_server.engines.fast.t3 import alignment
 from chatterbox_server.engines.fast.t3.kernels import ready
 
 HELD, OVER, LOUD = tl.constexpr(alignment.HELD), tl.constexpr(alignment.OVER), tl.constexpr(alignment.LOUD)
 LAST, SPOKEN, ENOUGH = tl.constexpr(alignment.LAST), tl.constexpr(alignment.SPOKEN), tl.constexpr(alignment.ENOUGH)
+GRAIN = tl.constexpr(noise.GRAIN)
 BACK, FORTH = tl.constexpr(alignment.BACK), tl.constexpr(alignment.FORTH)
 
 
@@ -98,9 +100,9 @@ def _clock(score, top, min_p, bits):
     """How soon a token's clock rings: the larger, the sooner. Unlikely ones have none."""
     likely = tl.exp(score - top)
     likely = tl.where(likely < min_p, 0.0, likely)
-    u = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    u = ((bits >> 9).to(tl.float32) + 0.5) * GRAIN
     # What rings first has a u close to 1, where the GPU's own logarithm keeps few digits: there by its series.
-    v = ((8388607 - (bits >> 9)).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    v = ((8388607 - (bits >> 9)).to(tl.float32) + 0.5) * GRAIN
     series = v * (1 + v * (1 / 2 + v * (1 / 3 + v * (1 / 4 + v * (1 / 5 + v * (1 / 6 + v / 7))))))
     return likely / tl.where(v < 0.0625, series, -tl.log(u))
 

@@ -36,9 +36,9 @@ class Knobs:
     def at(self, places: torch.Tensor) -> "Knobs":
         return Knobs(*(getattr(self, knob.name)[places] for knob in fields(self)))
 
-    def turn(self, places: torch.Tensor, told: Sequence[tuple[int, Sampling]], *, vocabulary: int) -> None:
+    def turn(self, places: torch.Tensor, asked: Sequence[tuple[int, Sampling]], *, vocabulary: int) -> None:
         """Of the utterances at ``places``, as each one's seed and ``Sampling`` say."""
-        columns = zip(*(_values(seed, sampling, vocabulary) for seed, sampling in told), strict=True)
+        columns = zip(*(_values(seed, sampling, vocabulary) for seed, sampling in asked), strict=True)
         for knob, column in zip(fields(self), columns, strict=True):
             kept = getattr(self, knob.name)
             kept[places] = sent(torch.tensor(column, dtype=kept.dtype), kept.device)

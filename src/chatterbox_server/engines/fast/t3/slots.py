@@ -98,9 +98,9 @@ class Slots:
         """The slot that is nobody's."""
         return self.slots
 
-    def begin(self, told: Sequence[tuple[int, Prompt, int, Sampling, int]]) -> None:
+    def begin(self, newcomers: Sequence[tuple[int, Prompt, int, Sampling, int]]) -> None:
         """Make slots ready: each one's number, prompt, seed, sampling and most tokens."""
-        numbers, prompts, seeds, samplings, limits = zip(*told, strict=True)
+        numbers, prompts, seeds, samplings, limits = zip(*newcomers, strict=True)
         places = self._on_device(numbers)
         self.knobs.turn(places, tuple(zip(seeds, samplings, strict=True)), vocabulary=self.vocabulary)
         self.count[places] = 0
@@ -179,10 +179,8 @@ class Slots:
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, wanted: torch.Tensor, *, sort: bool) -> Chosen:
         knobs, count, seen = self.knobs.at(slots), self.count[slots], self.seen[slots]
         drawn = noise.exponential(knobs.seed, noise.TOKENS, count, self.vocabulary)
-        told: dict[str, Any] = {}
-        if self.alignment is not None:
-            told["rule"] = self.alignment.rule(slots)
-        likely = self._rule(logits.squeeze(1), seen, knobs, sort=sort, **told)
+        watched = {} if self.alignment is None else {"rule": self.alignment.rule(slots)}
+        likely = self._rule(logits.squeeze(1), seen, knobs, sort=sort, **watched)
         token = torch.where(wanted, sampling.choose(likely, drawn), self.last[slots])
         if self.rows == 1:
             # Turbo's loop looks back at what it chose, and only before the first at the start.
