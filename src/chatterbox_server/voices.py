@@ -108,8 +108,8 @@ class Library:
         own = {DEFAULT: _BUILT_IN}
         found = {path.stem: Voice(path.stem, "recording", path) for path in self._recordings()}
         own |= dict(sorted(found.items()))
-        meanings = dict.fromkeys(OPENAI, DEFAULT) | dict(self.aliases)
-        aliases = {name: self._alias(name, meant, own) for name, meant in sorted(meanings.items()) if name not in own}
+        meanings = sorted(self._meanings().items())
+        aliases = {name: self._alias(name, meant, own) for name, meant in meanings if name not in own}
         return own | aliases
 
     def find(self, name: str) -> Voice:
@@ -118,16 +118,14 @@ class Library:
         Raises:
             UnknownVoice: with the names there are.
         """
-        if name == DEFAULT:
-            # No recording and no alias has its name; it needs no look at the disk.
-            return _BUILT_IN
-        voices = self.voices()
-        known = tuple(voice.name for voice in voices.values() if voice.kind != "alias")
-        if name not in voices:
-            raise UnknownVoice(name, known)
-        if not voices[name].there:
-            raise UnknownVoice(name, known, meant=voices[name].meant)
-        return voices[name]
+        # Without a look at all the others, of which there may be a thousand.
+        if (own := self._own(name)) is not None:
+            return own
+        meant = self._meanings().get(name)
+        if meant is not None and (own := self._own(meant)) is not None:
+            return Voice(name, "alias", own.recording, meant)
+        known = tuple(voice.name for voice in self.voices().values() if voice.kind != "alias")
+        raise UnknownVoice(name, known, meant=meant)
 
     def add(self, name: str, source: BinaryIO, *, replace: bool = False) -> Voice:
         """Keep what ``source`` holds as voice ``name``: 16 bit, 24 kHz, mono, trimmed and levelled.
@@ -200,9 +198,25 @@ class Library:
         for extension in reversed(EXTENSIONS):
             for path in paths:
                 fits = path.suffix == extension and path.stem != DEFAULT and _NAME.fullmatch(path.stem)
-                # A link may not lead out: what it would show, whoever made it might not be allowed to see.
-                if fits and path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(home)):
+                if fits and _stays(path, home):
                     yield path
+
+    def _own(self, name: str) -> Voice | None:
+        """The built-in voice or the recording of that name."""
+        if name == DEFAULT:
+            return _BUILT_IN
+        if self.directory is None or not _NAME.fullmatch(name):
+            return None
+        try:
+            home = self.directory.resolve()
+            paths = [self.directory / f"{name}{extension}" for extension in EXTENSIONS]
+            return next((Voice(name, "recording", path) for path in paths if _stays(path, home)), None)
+        except OSError:
+            # As in _recordings.
+            return None
+
+    def _meanings(self) -> dict[str, str]:
+        return dict.fromkeys(OPENAI, DEFAULT) | dict(self.aliases)
 
     def _files(self, name: str) -> list[Path]:
         voice = self.find(name)
@@ -230,6 +244,11 @@ class Library:
         if name in self.aliases:
             msg = f"{name!r} stands for {self.aliases[name]!r} here: choose another name"
             raise NameTaken(msg)
+
+
+def _stays(path: Path, home: Path) -> bool:
+    """A file; a link may not lead out: what it would show, whoever made it might not be allowed to see."""
+    return path.is_file() and (not path.is_symlink() or path.resolve().is_relative_to(home))
 
 
 def _taken(name: str) -> NameTaken:

@@ -77,6 +77,17 @@ def test_what_is_no_recording_is_no_voice(directory: Path) -> None:
     assert set(Library(directory).voices()) == {DEFAULT} | OPENAI
 
 
+def test_what_is_found_by_its_name_is_what_the_list_of_all_says(directory: Path) -> None:
+    for name in ("anna.wav", "anna.flac", "nova.mp3", "echo.txt"):
+        (directory / name).touch()
+    library = Library(directory, {"alloy": "anna", "anna": "nova", "bea": "bob"})
+    for name, voice in library.voices().items():
+        if voice.there:
+            assert library.find(name) == voice
+    with pytest.raises(UnknownVoice, match="voice 'bea', which stands for 'bob' here, is not there"):
+        library.find("bea")
+
+
 def test_an_unknown_voice_is_told_the_known_ones(directory: Path) -> None:
     (directory / "anna.wav").touch()
     with pytest.raises(UnknownVoice) as told:
