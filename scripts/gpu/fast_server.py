@@ -1,7 +1,7 @@
 """The fast engine as a server on this GPU, the stock engine beside it: rate, first byte, memory, growth, by HTTP.
 
-    python scripts/gpu/fast_server.py | tee scripts/gpu/fast_server.txt
-    python scripts/gpu/fast_server.py --model turbo --only together,streams
+    python scripts/gpu/fast_server.py --keep docs/h200 | tee scripts/gpu/fast_server.txt
+    python scripts/gpu/fast_server.py --model turbo --only streams,together | tee scripts/gpu/fast_server_turbo.txt
 
 Weights are random at full size (scripts/tiny_model.py): the arithmetic, memory and time of the real model, noise for
 speech that lasts as its text does. Each server gets exactly the Environment= and ExecStart= of a unit that

@@ -1,8 +1,9 @@
 """The fast engine's T3 on this GPU: whether it chooses what the package chooses, what bf16 changes, and how fast it is.
 
     python scripts/gpu/fast_t3.py | tee scripts/gpu/fast_t3.txt
-    python scripts/gpu/fast_t3.py turbo
-    python scripts/gpu/fast_t3.py multilingual
+    python scripts/gpu/fast_t3.py turbo --only equality,precision,speed | tee scripts/gpu/fast_t3_turbo.txt
+    python scripts/gpu/fast_t3.py multilingual --only equality,precision,agreement,speed \
+        | tee scripts/gpu/fast_t3_multilingual.txt
     python scripts/gpu/fast_t3.py --only agreement,speed
 
 Weights are random at full size: the arithmetic, memory and time of the real model. Every utterance is as long as it is
