@@ -259,6 +259,7 @@ def measured(speech: Speech) -> dict[str, str]:
         "X-Queue-Wait": f"{speech.place.queue_wait_s:.3f}",
         "X-Queue-Position": str(speech.place.position),
         "X-Time-To-First-Byte": f"{first_byte_s:.3f}",
+        "X-Places": str(speech.service.queue.engine.places),
     }
     # What a piece costs is known once all of it is spoken.
     if speech.spoken:

@@ -20,7 +20,7 @@ from chatterbox_deploy.errors import CommandFailed
 from chatterbox_deploy.speak import narration, sending, wav
 from chatterbox_deploy.speak.manuscript import Chapter, Manuscript, Piece
 from chatterbox_deploy.speak.narration import Manner
-from chatterbox_deploy.speak.sending import Front, Patience
+from chatterbox_deploy.speak.sending import Front, InFlight, Patience
 from chatterbox_deploy.speak.wav import Sound
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Server:
     asked: Counter[str] = field(default_factory=Counter)
     headers: list[dict[str, str]] = field(default_factory=list)
     instances: int = 1
+    places: int | None = None
     load: Counter[str] = field(default_factory=Counter)
     """Requests that each has now."""
     most: int = 0
@@ -74,6 +75,8 @@ class Server:
             request.transport.abort()
             return web.Response()
         answer.headers["X-Instance"] = instance
+        if self.places is not None:
+            answer.headers["X-Places"] = str(self.places)
         return answer
 
     async def models(self, _request: web.Request) -> web.Response:
@@ -123,15 +126,16 @@ def takes(*texts: str) -> tuple[Take, ...]:
 
 
 def run(
-    server: Server, *texts: str, in_flight: int | None = 4, patience: Patience = QUICK, key: str | None = None
+    server: Server, *texts: str, in_flight: int | InFlight = 4, patience: Patience = QUICK, key: str | None = None
 ) -> Heard:
     heard = Heard()
+    how = InFlight(in_flight, more=False, unknown=False) if isinstance(in_flight, int) else in_flight
 
     async def job() -> None:
         async with server.served() as url:
             front = Front(url, client.authorization(key), answer_s=10)
             keep = heard.kept.__setitem__
-            await sending.speak(front, takes(*texts), keep, in_flight=in_flight, tell=heard, patience=patience)
+            await sending.speak(front, takes(*texts), keep, in_flight=how, tell=heard, patience=patience)
 
     try:
         asyncio.run(job())
@@ -157,10 +161,37 @@ def test_each_is_asked_for_once_and_no_more_at_a_time_than_the_fleet_can_use() -
 def test_where_nobody_says_how_many_instances_there_are_each_that_answers_makes_room_for_more() -> None:
     server = Server(seconds=0.1, instances=8)
 
-    heard = run(server, *(f"{number}." for number in range(80)), in_flight=None)
+    heard = run(server, *(f"{number}." for number in range(80)), in_flight=InFlight())
 
     assert len(heard.instances) == 8
     assert 12 <= server.most <= 18
+
+
+@pytest.mark.parametrize(
+    ("how", "seen", "room"),
+    [
+        (InFlight(3, more=False, unknown=False), (64, 1), 3),
+        # The fleet file says how many stock ones there are, and how long their queues are.
+        (InFlight(6, unknown=False), (1, 1, 2), 6),
+        (InFlight(17, unknown=False), (), 17),
+        (InFlight(34, unknown=False), (64, 64), 130),
+        (InFlight(), (), 4),
+        (InFlight(), (0, 1, 64), 71),
+    ],
+)
+def test_as_many_are_in_flight_as_those_who_answered_say_that_they_speak_at_once(
+    how: InFlight, seen: tuple[int, ...], room: int
+) -> None:
+    assert how.room(seen) == room
+
+
+def test_an_instance_that_speaks_many_at_once_is_given_many() -> None:
+    server = Server(seconds=0.1, places=12)
+
+    heard = run(server, *(f"{number}." for number in range(60)), in_flight=InFlight(2, unknown=False))
+
+    assert heard.error is None
+    assert server.most == 13
 
 
 @pytest.mark.parametrize(

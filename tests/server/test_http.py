@@ -78,6 +78,7 @@ def test_an_openai_request_gets_its_sound() -> None:
     assert answer.headers["x-audio-duration"] == "0.100"
     assert answer.headers["content-length"] == str(len(answer.content))
     assert answer.headers["x-queue-position"] == "0"
+    assert answer.headers["x-places"] == "1"
     assert float(answer.headers["x-time-to-first-byte"]) >= 0
     assert answer.headers["x-instance"] == "local"
     assert float(answer.headers["x-queue-wait"]) >= 0

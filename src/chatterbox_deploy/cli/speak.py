@@ -20,7 +20,7 @@ from chatterbox_deploy.speak.narration import Manner
 from chatterbox_deploy.speak.parts import Parts
 
 if TYPE_CHECKING:
-    from chatterbox_deploy.speak.sending import Front
+    from chatterbox_deploy.speak.sending import Front, InFlight
 
 _SUFFIXES = ", ".join(FORMATS)
 
@@ -159,7 +159,7 @@ def _is_markdown(book: str) -> bool:
     return Path(book).suffix.lower() in {".md", ".markdown"}
 
 
-def _settled(book: str, asked: _Asked) -> tuple[Path, Front, int | None]:
+def _settled(book: str, asked: _Asked) -> tuple[Path, Front, InFlight]:
     """Where to, whom to ask, and how much at once; nothing that is there is in the way, or would be lost.
 
     Raises:
@@ -178,7 +178,7 @@ def _settled(book: str, asked: _Asked) -> tuple[Path, Front, int | None]:
         found.append(f"say where to: -o {'book' if book == '-' else Path(book).stem}.m4b")
     elif asked.output.suffix.lower() not in FORMATS:
         found.append(f"--output: {asked.output.name} should end in {_SUFFIXES}: that says the format")
-    front: tuple[Front, int | None] | None = None
+    front: tuple[Front, InFlight] | None = None
     try:
         front = _front(asked)
     except click.UsageError as error:
@@ -190,16 +190,17 @@ def _settled(book: str, asked: _Asked) -> tuple[Path, Front, int | None]:
     return asked.output, *front
 
 
-def _front(asked: _Asked) -> tuple[Front, int | None]:
-    """Where to ask, and how much at once; ``None`` where nobody says how many instances there are."""
+def _front(asked: _Asked) -> tuple[Front, InFlight]:
+    """Where to ask, and how much at once."""
     from chatterbox_deploy.speak import sending  # noqa: PLC0415  its HTTP client takes a tenth of a second to import
 
     key = arguments.read_key(asked.api_key_file)
+    told = None if asked.concurrency is None else sending.InFlight(asked.concurrency, more=False, unknown=False)
     if asked.url is not None:
         if (url := client.base_url(asked.url)) is None:
             msg = f"should be like http://127.0.0.1:6095 or https://tts.example.com, got {asked.url!r}"
             raise click.BadParameter(msg, param_hint="--url")
-        return sending.Front(url, client.authorization(key)), asked.concurrency
+        return sending.Front(url, client.authorization(key)), told or sending.InFlight()
     if not asked.fleet_file.exists():
         msg = (
             f"there is no {asked.fleet_file}: name the fleet's file (--fleet /etc/chatterbox-tts/fleet.toml) "
@@ -207,4 +208,5 @@ def _front(asked: _Asked) -> tuple[Front, int | None]:
         )
         raise click.UsageError(msg)
     written = arguments.read_fleet(asked.fleet_file)
-    return sending.local_front(fleet.resolve(written), key), asked.concurrency or narration.in_flight(written)
+    known = sending.InFlight(narration.in_flight(written), unknown=False)
+    return sending.local_front(fleet.resolve(written), key), told or known

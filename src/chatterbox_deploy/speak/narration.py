@@ -121,8 +121,7 @@ def timeline(
 
 FAST_AT_ONCE = 16
 """Utterances that an instance of the fast engine is taken to speak at once where ``server.max_batch`` leaves it to the
-GPU's memory: how many those are, no route of it tells. Most of the gain is there by then (docs/fast.md, "Measured"),
-and a small card is not sent what it would only send away (503), to be asked for again."""
+GPU's memory, until it says itself how many."""
 
 
 def in_flight(config: FleetConfig) -> int:

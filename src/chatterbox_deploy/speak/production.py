@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from chatterbox_deploy.speak.manuscript import Manuscript
     from chatterbox_deploy.speak.narration import Manner, Take, Timeline
     from chatterbox_deploy.speak.parts import Parts
-    from chatterbox_deploy.speak.sending import Front
+    from chatterbox_deploy.speak.sending import Front, InFlight
     from chatterbox_deploy.speak.wav import Sound
 
 
@@ -56,7 +56,7 @@ def make(
     manner: Manner,
     *,
     front: Front,
-    in_flight: int | None,
+    in_flight: InFlight,
     parts: Parts,
     show: Show,
 ) -> Summary:
@@ -101,7 +101,7 @@ def _speak(
     wanted: Sequence[Take],
     there: Collection[str],
     front: Front,
-    in_flight: int | None,
+    in_flight: InFlight,
     binder: Binder,
     *,
     parts: Parts,

@@ -17,7 +17,7 @@ from chatterbox_deploy.fleet import SPEECH
 from chatterbox_deploy.speak import wav
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from chatterbox_deploy.fleet import Fleet
     from chatterbox_deploy.speak.narration import Take
@@ -27,6 +27,8 @@ _CONNECT_S: Final = 10.0
 _LONGEST_RETRY_AFTER_S: Final = 60.0
 _MOST_FAILED: Final = 5
 """Pieces; when so many have failed for good, no more are begun."""
+_FEW: Final = 2
+"""Pieces that an instance of the stock engine has in hand at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Tell(Protocol):
 class _Answered:
     sound: Sound
     instance: str
+    places: int
+    """0: it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +124,34 @@ async def spoken_by(front: Front, voice: str | None) -> dict[str, Any]:
     return told
 
 
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """How many requests there are at once."""
+
+    begin: int = 4
+    more: bool = True
+    """More than that, as instances that answer say at how many they speak at once."""
+    unknown: bool = True
+    """More than that, as more instances are seen to answer: nobody knows how many there are."""
+
+    def room(self, seen: Collection[int]) -> int:
+        """With so many places in each instance that was seen: all that it speaks at once, and one that is next."""
+        many = [places + 1 for places in seen if places > _FEW and self.more]
+        # And two to see whether there is one more.
+        few = 2 * (len(seen) - len(many)) + 2 if self.unknown else 0
+        return max(self.begin, sum(many) + few)
+
+
 async def speak(
     front: Front,
     takes: Iterable[Take],
     keep: Callable[[str, Sound], None],
     *,
-    in_flight: int | None,
+    in_flight: InFlight,
     tell: Tell,
     patience: Patience = Patience(),
 ) -> None:
-    """Ask for all ``takes``, up to ``in_flight`` at once, and ``keep`` each as it comes.
-
-    ``None`` starts with a few and asks for more as more instances are seen to answer.
+    """Ask for all ``takes``, so many ``in_flight``, and ``keep`` each as it comes.
 
     Raises:
         CommandFailed: the server refuses one (4xx: at once), or some failed for good (after the others were spoken).
@@ -187,9 +207,9 @@ class _Sender:
     keep: Callable[[str, Sound], None]
     tell: Tell
     patience: Patience
-    in_flight: int | None
-    seen: set[str] = field(default_factory=set)
-    """Instances that answered."""
+    in_flight: InFlight
+    seen: dict[str, int] = field(default_factory=dict)
+    """Instances that answered, and at how many they speak at once, as far as they say so."""
     failed: list[tuple[Take, str]] = field(default_factory=list)
 
     async def run(self, takes: Iterable[Take]) -> None:
@@ -197,7 +217,11 @@ class _Sender:
         running: set[asyncio.Task[None]] = set()
         try:
             while running or (waiting and len(self.failed) < _MOST_FAILED):
-                while waiting and len(running) < self._room() and len(self.failed) < _MOST_FAILED:
+                while (
+                    waiting
+                    and len(running) < self.in_flight.room(self.seen.values())
+                    and len(self.failed) < _MOST_FAILED
+                ):
                     running.add(asyncio.create_task(self._speak(waiting.popleft())))
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 # Of all, so that none is said to have been overlooked.
@@ -213,10 +237,6 @@ class _Sender:
             count = "a piece" if len(failed) == 1 else f"{len(failed)} pieces"
             raise CommandFailed("\n".join([f"cannot speak {count}:", *failed]))
 
-    def _room(self) -> int:
-        # Two for each instance that was seen, and two to see whether there is one more.
-        return max(4, 2 * len(self.seen) + 2) if self.in_flight is None else self.in_flight
-
     async def _speak(self, take: Take) -> None:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.patience.whole_s
@@ -225,7 +245,7 @@ class _Sender:
             outcome = await self._ask(take, tries)
             if isinstance(outcome, _Answered):
                 await asyncio.to_thread(self.keep, take.name, outcome.sound)
-                self.seen.add(outcome.instance)
+                self.seen[outcome.instance] = outcome.places
                 self.tell.spoken(take, outcome.sound, outcome.instance)
                 return
             wait_s = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2**tries)
@@ -258,7 +278,8 @@ class _Sender:
         instance = headers.get("X-Instance", "")
         if status == 200:
             try:
-                return _Answered(wav.decode(body), instance)
+                places = headers.get("X-Places", "")
+                return _Answered(wav.decode(body), instance, int(places) if places.isdecimal() else 0)
             except wav.NotWav as error:
                 return _Trouble(f"{instance or self.front.url} answered {error}", None)
         said = body.decode(errors="replace")

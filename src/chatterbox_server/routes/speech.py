@@ -134,6 +134,7 @@ _SOUND: Final = {
             ("X-Queue-Wait", "number", "Seconds in the queue"),
             ("X-Queue-Position", "integer", "How many requests were before this one when it came"),
             ("X-Time-To-First-Byte", "number", "Seconds from the request to the first sound"),
+            ("X-Places", "integer", "Pieces that this instance speaks at once"),
             (
                 "X-Real-Time-Factor",
                 "number",
