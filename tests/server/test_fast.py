@@ -221,11 +221,8 @@ def test_a_sound_that_nobody_waits_for_is_not_begun() -> None:
     sounding.close()
 
 
-def test_the_next_batch_begins_once_the_flow_of_the_last_is_over_and_before_its_sound_is_handed_out() -> None:
-    import torch
-
-    from chatterbox_server.engines.fast.s3gen.sound import Take
-    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+class Noted:
+    """S3Gen as far as ``Sounding`` asks it: notes who was done when a batch began; its flow lasts as long as told."""
 
     class Flowed:
         def __init__(self) -> None:
@@ -234,37 +231,111 @@ def test_the_next_batch_begins_once_the_flow_of_the_last_is_over_and_before_its_
         def synchronize(self) -> None:
             assert self.over.wait(PATIENCE_S)
 
-    class Noted:
-        """S3Gen as far as it is asked here, noting who was done when a batch began."""
+    def __init__(self) -> None:
+        self.flowed = self.Flowed()
+        self.begun: list[tuple[int, list[bool]]] = []
+        self.asked: list[Any] = []
 
-        def __init__(self) -> None:
-            self.flowed = Flowed()
-            self.begun: list[tuple[int, list[bool]]] = []
+    def speak(self, takes: Any) -> Any:
+        import torch
 
-        def speak(self, takes: Any) -> Any:
-            self.flowed = Flowed()
-            self.begun.append((takes[0].seed, [one.done() for one in asked]))
-            return [torch.zeros(24) for _ in takes]
+        self.flowed = self.Flowed()
+        self.begun.append((takes[0].seed, [one.done() for one in self.asked]))
+        return [torch.zeros(24) for _ in takes]
 
-    noted, asked = Noted(), list[Any]()
-    sounding = Sounding(noted)  # type: ignore[arg-type]
-    voice = {"prompt_token": torch.zeros(1, 5)}
-    asked.append(sounding.ask(Take(tokens=[1], voice=voice, seed=1)))
-    while not noted.begun:
-        time.sleep(0.001)
-    # Later, but more urgent: the third.
-    asked += [sounding.ask(Take(tokens=[1] * 50, voice=voice, seed=2), due_s=time.monotonic() + 9)]
-    asked += [sounding.ask(Take(tokens=[1], voice=voice, seed=3), due_s=0)]
-    for seed in (1, 3, 2):
-        assert noted.begun[-1][0] == seed
-        before = len(noted.begun)
-        noted.flowed.over.set()
-        while seed != 2 and len(noted.begun) == before:
+    def until(self, begun: int) -> None:
+        while len(self.begun) < begun:
             time.sleep(0.001)
-    for one in asked:
-        assert one.result(PATIENCE_S).size == 24
+
+
+def a_take(seed: int, *, tokens: int = 1, stream: Any = None) -> Any:
+    import torch
+
+    from chatterbox_server.engines.fast.s3gen.sound import Take
+
+    return Take(tokens=[1] * tokens, voice={"prompt_token": torch.zeros(1, 5)}, seed=seed, stream=stream)
+
+
+def test_the_next_batch_begins_once_the_flow_of_the_last_is_over_and_before_its_sound_is_handed_out() -> None:
+    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+
+    noted = Noted()
+    sounding = Sounding(noted)  # type: ignore[arg-type]
+    noted.asked.append(sounding.ask(a_take(1)))
+    noted.until(1)
+    # Later, but more urgent: the third.
+    noted.asked += [sounding.ask(a_take(2, tokens=50), due_s=time.monotonic() + 9)]
+    noted.asked += [sounding.ask(a_take(3), due_s=0)]
+    for place, seed in enumerate((1, 3, 2), 1):
+        assert noted.begun[-1][0] == seed
+        noted.flowed.over.set()
+        noted.until(min(3, place + 1))
+    assert [one.result(PATIENCE_S).size for one in noted.asked] == [24, 24, 24]
     assert noted.begun[1:] == [(3, [False, False, False]), (2, [True, False, False])]
     sounding.close()
+
+
+def test_a_streams_chunk_is_handed_out_before_the_next_batch_begins_and_is_known_from_when_it_is_asked_for() -> None:
+    from chatterbox_server.engines.fast.s3gen.sound import Stream
+    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+
+    noted = Noted()
+    sounding = Sounding(noted)  # type: ignore[arg-type]
+    assert sounding.no_stream(0)
+    noted.asked.append(sounding.ask(a_take(1)))
+    noted.until(1)
+    assert sounding.no_stream(0)
+    noted.asked.append(sounding.ask(a_take(2, tokens=50, stream=Stream())))
+    assert not sounding.no_stream(0)
+    noted.asked.append(sounding.ask(a_take(3)))
+    noted.flowed.over.set()
+    noted.until(3)
+    assert noted.begun[1:] == [(2, [False, False, False]), (3, [True, True, False])]
+    assert sounding.no_stream(PATIENCE_S)
+    noted.flowed.over.set()
+    assert noted.asked[2].result(PATIENCE_S).size == 24
+    sounding.close()
+
+
+def test_what_did_not_fit_together_is_let_go_of_before_each_is_tried_alone() -> None:
+    import torch
+
+    from chatterbox_server.engine import OutOfMemory
+    from chatterbox_server.engines.fast.s3gen.sounding import Sounding
+
+    class Full:
+        flowed = None
+
+        def __init__(self) -> None:
+            self.held: Any = None
+            self.go = threading.Event()
+
+        def speak(self, takes: Any) -> Any:
+            assert self.go.wait(PATIENCE_S)
+            if len(takes) > 1:
+                activations = torch.zeros(1000)
+                self.held = weakref.ref(activations)
+                raise OutOfMemory("the GPU is out of memory")
+            assert self.held is None or self.held() is None
+            return [torch.zeros(24)]
+
+    full = Full()
+    sounding = Sounding(full)  # type: ignore[arg-type]
+    asked = [sounding.ask(a_take(seed)) for seed in range(4)]
+    full.go.set()
+    assert [one.result(PATIENCE_S).size for one in asked] == [24] * 4
+    assert full.held is not None
+    sounding.close()
+
+
+def test_who_is_spoken_together_is_of_like_length() -> None:
+    from concurrent.futures import Future
+
+    from chatterbox_server.engines.fast.s3gen.sounding import Waiting, _alike
+
+    lengths = (100, 149, 151, 70, 100, 101, *[100] * 20)
+    waiting = [Waiting(0.0, n, length, a_take(n), Future()) for n, length in enumerate(lengths)]
+    assert [one.length for one in _alike(waiting)] == [100, 149, 100, 101, *[100] * 12]
 
 
 def test_a_failure_of_t3_is_told_to_all_in_hand_and_the_next_is_served(

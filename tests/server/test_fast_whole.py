@@ -53,10 +53,10 @@ def test_what_it_was_not_written_for_it_says_at_once(backbone: "Backbone") -> No
 
     assert whole.unfit(backbone, 2, TOKENS) is None
     turbo = replace(backbone, gated=False, cos=None, sin=None, head_bias=torch.zeros(TOKENS))
-    assert whole.unfit(turbo, 2, TOKENS) == "one launch for all layers is for a Llama, no biases"
+    assert whole.unfit(turbo, 2, TOKENS) == "one launch for all layers needs a Llama, no biases"
     exact = replace(backbone, head=backbone.head.float())
     assert whole.unfit(exact, 6, 100) == (
-        "one launch for all layers is for bfloat16, 8,192 to 9,216 tokens, 1, 2, 4 or 8 rows"
+        "one launch for all layers needs bfloat16, 8,192 to 9,216 tokens, 1, 2, 4 or 8 rows"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,5 +67,7 @@ def _same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except OSError:
-        # One of them is not there yet.
-        return one.resolve() == other.resolve()
+        # One of them is not there yet, or is a link that leads to itself (which Python 3.13 resolves).
+        with contextlib.suppress(RuntimeError):
+            return one.resolve() == other.resolve()
+        return False

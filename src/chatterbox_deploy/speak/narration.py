@@ -119,23 +119,16 @@ def timeline(
     return Timeline(sample_rate_hz, tuple(chapters), tuple(cues))
 
 
-FAST_AT_ONCE = 16
-"""Utterances that an instance of the fast engine is taken to speak at once where ``server.max_batch`` leaves it to the
-GPU's memory, until it says itself how many."""
-
-
 def in_flight(config: FleetConfig) -> int:
-    """Requests that keep all instances of the fleet busy: in each all that it speaks at once, and one that is next.
+    """Requests that keep all instances of the stock engine busy: in each one that is spoken, and one that is next.
 
     An instance that begins a piece before the last one is done (``server.pipeline``) has one more. Never more than
-    the queues hold.
+    the queues hold. An instance of the fast engine tells itself how many it speaks at once, with its first answer.
     """
     server = config.server
     ahead = 0
     for key, ports in config.gpus.items():
         pipelined = server.pipeline == "on" or (server.pipeline == "auto" and "," in key)
         each = min(3 if pipelined else 2, 1 + server.queue_size)
-        if server.engine == "fast":
-            each = (server.max_batch or FAST_AT_ONCE) + min(1, server.queue_size)
         ahead += (len(ports) if isinstance(ports, list) else 1) * each
     return ahead

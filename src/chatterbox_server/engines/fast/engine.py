@@ -53,9 +53,9 @@ SHARE_FOR_CACHE: Final = 0.5
 """Of the memory that is free once the weights are there; the rest is S3Gen's, whose batches come and go."""
 
 LEAST_FOR_S3GEN: Final = 2**30
-"""Bytes: an utterance alone, weights aside (scripts/gpu/fast_sound.txt: 2.1 GiB reserved with them)."""
+"""Bytes: an utterance alone, weights aside (scripts/gpu/fast_sound.txt: 1.1 GiB reserved with them)."""
 AMPLE_FOR_S3GEN: Final = 6 * 2**30
-"""Bytes, of all that is captured: 39.75 GiB on an H200 (scripts/gpu/fast_server.txt) less 65 caches and the weights."""
+"""Bytes, of all that is captured: 39.13 GiB on an H200 (scripts/gpu/fast_server.txt) less 65 caches and the weights."""
 
 
 class FastEngine:
@@ -66,7 +66,7 @@ class FastEngine:
     tokens_per_audio_s: float | None = TOKENS_PER_AUDIO_S
     speeds = (1.0, 1.0)
     frees_beside = True
-    """Slots are never given back, and S3Gen has one batch at a time: who runs out of memory waits for nobody's."""
+    """Slots are never given back, and S3Gen's batches end one by one: who runs out of memory waits for nobody's."""
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ def _attend(
 
 
 def attend(made: Any, heads: int, counts: Any, more: Any = None, places: Any = None) -> Any:
-    """As ``layers.attend``, with nothing where a row has ended.
+    """As ``layers.attend``, with nothing where whole blocks of queries are beyond a row's end.
 
     With ``places``, (batch, heads, width, 2 * width), contiguous, scores have what these say of a key's distance from
     its query, as ``encoder`` shifts them; ``more``, (heads, channels), is added to the queries of ``made``.

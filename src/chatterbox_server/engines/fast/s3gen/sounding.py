@@ -5,7 +5,7 @@ import copy
 import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chatterbox_server.engine import EngineBroken, EngineError
+from chatterbox_server.engine import EngineBroken, EngineError, OutOfMemory
 from chatterbox_server.engines.fast.pinned import Fetched
 from chatterbox_server.engines.fast.s3gen.sound import BATCHES, UNEVEN, Sound, Take
 from chatterbox_server.engines.stock import failures
@@ -79,9 +79,11 @@ class Sounding:
         return future
 
     def no_stream(self, patience_s: float) -> bool:
-        """Wait, for no longer, until no stream's chunk is in hand; whether none is."""
+        """Wait, for no longer, until no stream's chunk is in hand or waits to be; whether that is so."""
         with self._changed:
-            return self._changed.wait_for(lambda: all(one.take.stream is None for one in self._in_hand), patience_s)
+            return self._changed.wait_for(
+                lambda: all(one.take.stream is None for one in (*self._in_hand, *self._waiting)), patience_s
+            )
 
     def close(self) -> None:
         """End the thread; what waits fails."""
@@ -92,7 +94,11 @@ class Sounding:
     # -- on the thread ------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        """While one batch ends the next begins, so that the GPU has work while the CPU hands out what is done."""
+        """While one batch ends the next begins, so that the GPU has work while the CPU hands out what is done.
+
+        To begin one takes the CPU as long as the GPU has work, and longer where a shape is new: a stream's chunk, for
+        which somebody waits, is handed out before.
+        """
         try:
             with self._around(), torch.inference_mode():
                 before: _Batch | None = None
@@ -103,7 +109,7 @@ class Sounding:
                         self._end(before)
                     # While ``_next`` waits, nothing may hold what a batch held: that is the GPU's memory.
                     before, batch = batch, None
-                    if before is not None and before.flowed is not None:
+                    if before is not None and before.flowed is not None and not before.streams:
                         # Until then somebody more urgent may come.
                         before.flowed.synchronize()
                     elif before is not None:
@@ -127,9 +133,7 @@ class Sounding:
         with self._changed:
             while self._over is None:
                 self._waiting.sort()
-                first = self._waiting[0].length if self._waiting else 0
-                # Others would only make it wait: ``Sound`` would speak them in a batch of their own.
-                alike = [one for one in self._waiting if first / UNEVEN <= one.length <= first * UNEVEN][: BATCHES[-1]]
+                alike = _alike(self._waiting)
                 taken = {one.number for one in alike}
                 self._waiting = [one for one in self._waiting if one.number not in taken]
                 asked = [one for one in alike if one.future.set_running_or_notify_cancel()]
@@ -151,6 +155,9 @@ class Sounding:
                 batch.flowed = self._sound.flowed
         except EngineBroken:
             raise
+        except OutOfMemory as error:
+            # Another, that holds no frames: what they hold is the memory that each needs alone.
+            batch.error = OutOfMemory(str(error))
         except Exception as error:  # noqa: BLE001 (as above)
             batch.error = error
 
@@ -172,6 +179,8 @@ class Sounding:
                     return [*batch.sounds()]
             except EngineBroken:
                 raise
+            except OutOfMemory as error:
+                batch.error = OutOfMemory(str(error))
             except Exception as error:  # noqa: BLE001 (as above)
                 batch.error = error
         if len(batch.asked) == 1:
@@ -197,12 +206,26 @@ class _Batch:
         self.error: Exception | None = None
         self._streams = [(one.take.stream, copy.copy(one.take.stream)) for one in asked]
 
+    @property
+    def streams(self) -> bool:
+        return any(one.take.stream is not None for one in self.asked)
+
     def take_back(self) -> None:
         """As if nothing had been said."""
         for stream, before in self._streams:
             if stream is not None and before is not None:
                 for part in fields(stream):
                     setattr(stream, part.name, getattr(before, part.name))
+
+
+def _alike(waiting: Sequence[Waiting]) -> list[Waiting]:
+    """The first, and with it those that ``Sound`` would not speak in a batch of their own: they would make it wait."""
+    alike: list[Waiting] = []
+    for one in waiting:
+        lengths = [one.length, *(other.length for other in alike)]
+        if max(lengths) <= UNEVEN * min(lengths) and len(alike) < BATCHES[-1]:
+            alike.append(one)
+    return alike
 
 
 def _apart(whole: Fetched, sizes: list[int]) -> list[NDArray[np.float32]]:

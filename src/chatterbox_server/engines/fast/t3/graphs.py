@@ -147,17 +147,19 @@ class T3:
         held = tuple(tensor.clone() for tensor in size.inputs)
         size.inputs[-3 if len(size.inputs) > 1 else 0].fill_(self.slots.spare)
         stream = torch.cuda.current_stream()
-        for _ in range(2):
-            size.work(sort)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with (
-            cards.undisturbed,
-            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            chosen = size.work(sort)
-        for tensor, before in zip(size.inputs, held, strict=True):
-            tensor.copy_(before)
+        try:
+            for _ in range(2):
+                size.work(sort)
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with (
+                cards.undisturbed,
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+            ):
+                chosen = size.work(sort)
+        finally:
+            for tensor, before in zip(size.inputs, held, strict=True):
+                tensor.copy_(before)
         return graph, chosen
 
     def _tell(self, tensor: torch.Tensor, numbers: Sequence[int]) -> None:

@@ -85,12 +85,11 @@ class Stepper:
             ROWS=of.rows, D=self._d, LEARNED=learned is not None, GATED=backbone.gated, EARLY=self._early,
             num_warps=4, **self._launch,
         )  # fmt: skip
-        if isinstance(self.whole, whole.Whole):
-            self.whole()
-        elif self._few:
-            self._through_few()
-        else:
-            self._logits_of(self._through_many())
+        if not self._through_all():
+            if self._few:
+                self._through_few()
+            else:
+                self._logits_of(self._through_many())
         self._judge(slots)
         if sort:
             alive = ~of.done[slots]
@@ -116,6 +115,18 @@ class Stepper:
         if sort:
             return of.choose(self.logits, slots, lasts >= 0, sort=True)
         return self._choose(slots, lasts)
+
+    def _through_all(self) -> bool:
+        """In one launch, where that can be: what the driver refuses it refuses for good."""
+        if not isinstance(self.whole, whole.Whole):
+            return False
+        try:
+            self.whole()
+        except whole.LaunchRefused as error:
+            self.whole = f"one launch for all layers is refused: {error}"
+            log.warning("fast engine: a step of T3 is many launches: %s", self.whole)
+            return False
+        return True
 
     def _at_once(self, *, bounded: bool) -> whole.Whole | str:
         heads = self._watches.heads if self._watches else ()

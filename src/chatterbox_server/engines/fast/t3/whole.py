@@ -64,7 +64,7 @@ def unfit(backbone: Backbone, m: int, vocabulary: int) -> str | None:
         "1, 2, 4 or 8 rows": m in ROWS,
     }
     wrong = [what for what, so in right.items() if not so]
-    return f"one launch for all layers is for {', '.join(wrong)}" if wrong else None
+    return f"one launch for all layers needs {', '.join(wrong)}" if wrong else None
 
 
 def unfit_gpu(
@@ -145,7 +145,11 @@ class Whole:
         self._arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffers.told))
 
     def __call__(self) -> None:
-        """On torch's stream; it may be capturing."""
+        """On torch's stream; it may be capturing.
+
+        Raises:
+            LaunchRefused: by the driver.
+        """
         self._loaded.launch(ctypes.addressof(self._arguments), self._shared_bytes)
 
     @property
@@ -197,7 +201,7 @@ class _Loaded:
         _answered(driver.cuLaunchKernelEx(config, self.function, arguments, 0))
 
 
-class _Refused(Exception):
+class LaunchRefused(Exception):
     """What NVRTC or the driver says."""
 
 
@@ -225,7 +229,7 @@ def _loaded(device: int, how: tuple[str, ...], shared_bytes: int) -> _Loaded | s
             multiprocessors=attribute("MULTIPROCESSOR_COUNT"),
             shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
             cooperative=attribute("COOPERATIVE_LAUNCH") == 1,
-            mps="CUDA_MPS_PIPE_DIRECTORY" in os.environ,
+            mps="CUDA_MPS_PIPE_DIRECTORY" in os.environ or _by_mps(driver, handle),
         )
         if reason is not None:
             return reason
@@ -235,11 +239,18 @@ def _loaded(device: int, how: tuple[str, ...], shared_bytes: int) -> _Loaded | s
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _answered(driver.cuFuncSetAttribute(function, most, shared_bytes))
         fits = _answered(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared_bytes))
-    except (_Refused, RuntimeError) as error:
+    except (LaunchRefused, RuntimeError) as error:
         return f"one launch for all layers cannot be compiled here: {error}"
     if not fits:
         return "one launch for all layers does not fit this GPU's multiprocessors"
     return _Loaded(driver, function, device)
+
+
+def _by_mps(driver: Any, handle: Any) -> bool:
+    """Whether the driver says so; not all of them are asked."""
+    which = getattr(driver.CUdevice_attribute, "CU_DEVICE_ATTRIBUTE_MPS_ENABLED", None)
+    error, enabled = (1, 0) if which is None else driver.cuDeviceGetAttribute(which, handle)
+    return int(error) == 0 and int(enabled) == 1
 
 
 def _compiled(nvrtc: Any, how: Sequence[str]) -> bytes:
@@ -247,11 +258,11 @@ def _compiled(nvrtc: Any, how: Sequence[str]) -> bytes:
     program = _answered(nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], []))
     try:
         _answered(nvrtc.nvrtcCompileProgram(program, len(how), [one.encode() for one in how]))
-    except _Refused as error:
+    except LaunchRefused as error:
         log = b" " * _answered(nvrtc.nvrtcGetProgramLogSize(program))
         _answered(nvrtc.nvrtcGetProgramLog(program, log))
         msg = f"{error}: {log.rstrip(bytes(1)).decode(errors='replace')}"
-        raise _Refused(msg) from None
+        raise LaunchRefused(msg) from None
     code: bytes = b" " * _answered(nvrtc.nvrtcGetCUBINSize(program))
     _answered(nvrtc.nvrtcGetCUBIN(program, code))
     return code
@@ -261,5 +272,5 @@ def _answered(answer: tuple[Any, ...]) -> Any:
     """What a call of ``cuda.bindings`` gives, if anything."""
     error, *rest = answer
     if int(error) != 0:
-        raise _Refused(getattr(error, "name", str(error)))
+        raise LaunchRefused(getattr(error, "name", str(error)))
     return rest[0] if rest else None
