@@ -108,3 +108,12 @@ def test_a_device_may_be_read_and_written() -> None:
     null = Path("/dev/null")
 
     assert outputs.problems([Output("--output", null, stays=True), Output("--csv", null)], {"FLEET": null}) == []
+
+
+def test_a_link_that_leads_to_itself_is_told_and_not_followed_for_ever(here: Path) -> None:
+    (here / "loop").symlink_to("loop")
+
+    told = run(*SPEAK, "s.md", "-o", "loop.wav", "--subtitles", "loop")
+
+    assert told.exit_code == 2
+    assert "--subtitles: loop is a link that leads to itself" in told.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,8 @@ def problems(outputs: Sequence[Output], inputs: Mapping[str, str | Path | None])
         folder = path.absolute().parent
         if not folder.is_dir():
             found.append(f"{output.option}: there is no directory {folder}")
+        elif _leads_nowhere(path):
+            found.append(f"{output.option}: {path} is a link that leads to itself")
         elif _is_stream(path):
             continue
         elif name := next((name for name, other in read if _same(path, other)), None):
@@ -67,7 +69,16 @@ def _same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except OSError:
-        # One of them is not there yet, or is a link that leads to itself (which Python 3.13 resolves).
-        with contextlib.suppress(RuntimeError):
-            return one.resolve() == other.resolve()
-        return False
+        # One of them is not there yet.
+        return not _leads_nowhere(other) and one.resolve() == other.resolve()
+
+
+def _leads_nowhere(path: Path) -> bool:
+    try:
+        path.resolve(strict=True)
+    except RuntimeError:
+        # Until Python 3.12.
+        return True
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
