@@ -209,7 +209,7 @@ def test_a_client_that_floods_gets_no_more_than_one_that_does_not(
         modest.add(now_s)
         return [*flood, (a_claim(client="modest", at_s=now_s, remaining_s=modest_s), modest_s)]
 
-    spoken = turns(order(name, max_wait_s=MAX_WAIT_S), comes, until_s=1000)
+    spoken = turns(order(name, max_wait_s=MAX_WAIT_S), comes, until_s=400)
     had_s: Counter[str] = Counter()
     for turn in spoken:
         had_s[turn.claim.client] += turn.ended_s - turn.began_s  # type: ignore[assignment]

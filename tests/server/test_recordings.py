@@ -219,10 +219,10 @@ def test_a_file_that_asks_for_gigabytes_gets_none() -> None:
 
 
 @pytest.mark.parametrize(("kind", "subtype"), [("FLAC", None), ("MP3", None), ("OGG", "OPUS")])
-def test_hours_in_a_small_file_are_not_decoded(kind: str, subtype: str | None) -> None:
+def test_what_is_long_in_a_small_file_is_not_decoded(kind: str, subtype: str | None) -> None:
     bomb = io.BytesIO()
     with soundfile.SoundFile(bomb, "w", 8000, 1, format=kind, subtype=subtype) as sound:
-        for _ in range(40):
+        for _ in range(14):
             sound.write(np.zeros(90 * 8000, np.float32))
     with tempfile.TemporaryFile() as file:
         file.write(bomb.getvalue())
